@@ -1,0 +1,356 @@
+"""The waist: the two operators everything above is made of, as torch.library ops without autograd.
+
+`merge` builds a whole weight from its learned and its fixed part; `conv2d_weight_grad` computes the weight gradient of
+the learned filters. Each has one schema, one fake and one aten implementation that runs on every device.
+
+The functions of the same names are the way in: they call the registered op, or, while a differentiable result is wanted
+(double backward, `PartialConv2d.weight`), its implementation, which is made of differentiable aten calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from rwn_ext.planner import Problem, plan
+from rwn_ext.subsets import Subset, run_indices, run_length
+
+Pair = tuple[int, int]
+Runs = tuple[int, ...]
+
+torch.library.define(
+    "rwn_ext::merge",
+    "(Tensor learned, Tensor fixed, int[] runs, int axis, ScalarType dtype, str stage) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "rwn_ext::conv2d_weight_grad",
+    "(Tensor grad_output, Tensor input, int[] filters, int[2] kernel_size, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, str algorithm) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def merge(
+    learned: Tensor | None, fixed: Tensor | None, runs: Runs, axis: int, dtype: torch.dtype, *, stage: str
+) -> Tensor:
+    """The tensor whose channels `runs` along `axis` are `learned` and whose others are `fixed`, cast to `dtype`.
+
+    `stage` ("forward" or "backward") has no effect on the result. It keeps a compiler from merging the two calls of a
+    training step into one, which would keep the whole weight alive between them.
+    """
+    if learned is None or fixed is None:
+        whole = fixed if learned is None else learned
+        assert whole is not None
+        return whole.to(dtype)
+    if _wants_graph():
+        return _merge(learned, fixed, runs, axis, dtype, stage)
+    return torch.ops.rwn_ext.merge(learned, fixed, runs, axis, dtype, stage)
+
+
+def merge_block(
+    trainable: Tensor | None, frozen: Tensor | None, frozen_inputs: Tensor | None, filters: Runs, inputs: Runs,
+    dtype: torch.dtype, *, stage: str,
+) -> Tensor:  # fmt: skip
+    """The whole (K, C / groups, R, S) weight: learned filters completed along the inputs, then along the filters."""
+    if frozen_inputs is not None:
+        trainable = merge(trainable, frozen_inputs, inputs, 1, dtype, stage=stage)
+    return merge(trainable, frozen, filters, 0, dtype, stage=stage)
+
+
+def conv2d_weight_grad(
+    grad_output: Tensor,
+    input: Tensor,
+    filters: Runs,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    algorithm: str = "auto",
+) -> Tensor:
+    """The gradient of the filters `filters` alone, shape (Kt, Ct, R, S).
+
+    Equals `torch.nn.grad.conv2d_weight(...)[filters]`. `grad_output` (N, K, P, Q) is whole; `input` (N, C', H, W) holds
+    the channels that `seen_channels` names: those of the groups that hold a learned filter. `groups` counts all groups.
+    The result is channels_last where the input is.
+    """
+    function = _weight_grad if _wants_graph() else torch.ops.rwn_ext.conv2d_weight_grad
+    return function(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm)
+
+
+def take(tensor: Tensor, runs: Runs, axis: int) -> Tensor:
+    """The channels `runs` along `axis`: a view where they are contiguous."""
+    if len(runs) == 2:
+        return tensor.narrow(axis, runs[0], runs[1] - runs[0])
+    if torch.compiler.is_compiling():
+        # Slices, which a compiler fuses: an index tensor would be a constant copied to the device at every step.
+        pieces = [take(tensor, (start, stop), axis) for start, stop in zip(runs[::2], runs[1::2], strict=True)]
+        return torch.cat(pieces, axis)
+    return tensor.index_select(axis, _index(runs, tensor.device))
+
+
+def seen_channels(in_channels: int, out_channels: int, groups: int, filters: Runs, inputs: Runs) -> Runs:
+    """The input channels that the learned block of a weight touches; `inputs` count within a group."""
+    per_group = in_channels // groups
+    touched = run_indices(_touched_groups(filters, out_channels, groups))
+    channels = [group * per_group + channel for group in touched for channel in run_indices(inputs)]
+    return Subset.from_indices(in_channels, channels).runs
+
+
+def copy_channels(input: Tensor, channels: Runs) -> Tensor:
+    """A compact copy of these channels of an (N, C, H, W) input, in its memory format. Differentiable."""
+    if len(channels) == 2:
+        return take(input, channels, 1).clone(memory_format=memory_format(input))
+    if memory_format(input) == torch.channels_last:
+        return take(input.permute(0, 2, 3, 1), channels, 3).permute(0, 3, 1, 2)
+    return take(input, channels, 1)
+
+
+def problem(
+    input_size: Any, out_channels: int, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, *, device: str, channels_last: bool,
+) -> Problem:  # fmt: skip
+    """What the planner sees of a `conv2d_weight_grad` call."""
+    touched = run_length(_touched_groups(tuple(filters), out_channels, groups))
+    batch, channels, height, width = input_size
+    return Problem(
+        batch=batch, channels=channels, height=height, width=width, filters=out_channels // groups * touched,
+        learned=run_length(filters), kernel_size=tuple(kernel_size), stride=tuple(stride), padding=tuple(padding),
+        dilation=tuple(dilation), groups=max(touched, 1), device=device, channels_last=channels_last,
+    )  # fmt: skip
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last for a tensor that is dense in NHWC order and in no other, else contiguous."""
+    nhwc = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if nhwc and not tensor.is_contiguous() else torch.contiguous_format
+
+
+def _wants_graph() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+_INDICES: dict[tuple[Runs, torch.device], Tensor] = {}
+
+
+def _index(runs: Runs, device: torch.device) -> Tensor:
+    """The channels as an index tensor, made once per device: a copy from the host would stall a GPU at every step."""
+    key = (tuple(runs), device)
+    if key not in _INDICES:
+        with torch.inference_mode(False):
+            index = torch.tensor(run_indices(runs), device=device)
+        if type(index) is not Tensor:  # a tracer's
+            return index
+        _INDICES[key] = index
+    return _INDICES[key]
+
+
+def _merge(learned: Tensor, fixed: Tensor, runs: Runs, axis: int, dtype: torch.dtype, stage: str) -> Tensor:
+    learned, fixed = learned.to(dtype), fixed.to(dtype)
+    if len(runs) == 2:
+        before, after = fixed.split([runs[0], fixed.size(axis) - runs[0]], axis)
+        whole = torch.cat([part for part in (before, learned, after) if part.size(axis)], axis)
+        return whole.contiguous(memory_format=memory_format(fixed))
+    whole = _empty_whole(learned, fixed, axis)
+    others = Subset(whole.size(axis), tuple(runs)).complement.runs
+    whole.index_copy_(axis, _index(runs, fixed.device), learned)
+    return whole.index_copy_(axis, _index(others, fixed.device), fixed)
+
+
+torch.library.impl("rwn_ext::merge", "CompositeExplicitAutograd", _merge)
+
+
+@torch.library.register_fake("rwn_ext::merge")
+def _(learned: Tensor, fixed: Tensor, runs: Runs, axis: int, dtype: torch.dtype, stage: str) -> Tensor:
+    if len(runs) == 2:
+        return _merge(learned, fixed, runs, axis, dtype, stage)
+    return _empty_whole(learned.to(dtype), fixed.to(dtype), axis)
+
+
+def _empty_whole(learned: Tensor, fixed: Tensor, axis: int) -> Tensor:
+    shape = list(fixed.shape)
+    shape[axis] += learned.size(axis)
+    return torch.empty(shape, dtype=fixed.dtype, device=fixed.device, memory_format=memory_format(fixed))
+
+
+def _weight_grad(
+    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, algorithm: str,
+) -> Tensor:  # fmt: skip
+    task = problem(
+        input.shape, grad_output.size(1), filters, kernel_size, stride, padding, dilation, groups,
+        device=input.device.type, channels_last=memory_format(input) == torch.channels_last,
+    )  # fmt: skip
+    implementation = _ALGORITHMS[plan(task, algorithm).algorithm]
+    return implementation(grad_output, input, tuple(filters), task, groups).contiguous(
+        memory_format=memory_format(input)
+    )
+
+
+torch.library.impl("rwn_ext::conv2d_weight_grad", "CompositeExplicitAutograd", _weight_grad)
+
+
+@torch.library.register_fake("rwn_ext::conv2d_weight_grad")
+def _(
+    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, algorithm: str,
+) -> Tensor:  # fmt: skip
+    touched = run_length(_touched_groups(tuple(filters), grad_output.size(1), groups))
+    shape = (run_length(filters), input.size(1) // touched, *kernel_size)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+class _GroupClass(NamedTuple):
+    """Touched groups that hold equally many learned filters, so that one library call serves them all."""
+
+    rows: Runs  # their filters' places in the result
+    filters: Runs
+    groups: Runs  # their places among the touched groups
+
+
+@lru_cache(maxsize=4096)
+def _touched_groups(filters: Runs, out_channels: int, groups: int) -> Runs:
+    """The groups that hold a learned filter."""
+    return Subset.from_indices(groups, sorted({k * groups // out_channels for k in run_indices(filters)})).runs
+
+
+@lru_cache(maxsize=4096)
+def _group_classes(filters: Runs, out_channels: int, groups: int) -> tuple[_GroupClass, ...]:
+    learned = run_indices(filters)
+    rows_of: dict[int, list[int]] = {}
+    for row, k in enumerate(learned):
+        rows_of.setdefault(k * groups // out_channels, []).append(row)
+    classes = []
+    for count in sorted({len(rows) for rows in rows_of.values()}):
+        places = [i for i, rows in enumerate(rows_of.values()) if len(rows) == count]
+        rows = [row for members in rows_of.values() if len(members) == count for row in members]
+        classes.append(
+            _GroupClass(
+                Subset.from_indices(len(learned), rows).runs,
+                Subset.from_indices(out_channels, [learned[row] for row in rows]).runs,
+                Subset.from_indices(len(rows_of), places).runs,
+            )
+        )
+    return tuple(classes)
+
+
+def _scaled(runs: Runs, factor: int) -> Runs:
+    """The channels of these groups, `factor` channels a group."""
+    return tuple(edge * factor for edge in runs)
+
+
+def _full(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
+    """The library's weight gradient of every filter in the touched groups, then the learned ones of it."""
+    out_channels = grad_output.size(1)
+    candidates = _scaled(_touched_groups(filters, out_channels, groups), out_channels // groups)
+    place = {k: i for i, k in enumerate(run_indices(candidates))}
+    rows = Subset.from_indices(p.filters, [place[k] for k in run_indices(filters)]).runs
+    return take(_library_weight_grad(take(grad_output, candidates, 1), input, p, p.groups), rows, 0)
+
+
+def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
+    """The library's weight gradient of the learned filters alone, one call a class of groups."""
+    classes = _group_classes(filters, grad_output.size(1), groups)
+    parts = [
+        _library_weight_grad(
+            take(grad_output, members.filters, 1),
+            take(input, _scaled(members.groups, p.channels // p.groups), 1),
+            p,
+            run_length(members.groups),
+        )
+        for members in classes
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    result = parts[0].new_empty(p.learned, *parts[0].shape[1:])
+    for members, part in zip(classes, parts, strict=True):
+        result.index_copy_(0, _index(members.rows, result.device), part)
+    return result
+
+
+def _library_weight_grad(grad_output: Tensor, input: Tensor, p: Problem, groups: int) -> Tensor:
+    """The weight gradient as cuDNN or oneDNN computes it, of all the filters of this `grad_output`."""
+    layout = memory_format(input)
+    shape = (grad_output.size(1), input.size(1) // groups, *p.kernel_size)
+    # Only the sizes of the weight are looked at: one element stands for all.
+    weight = input.new_empty(()).expand(shape)
+    return torch.ops.aten.convolution_backward(
+        grad_output.contiguous(memory_format=layout), input, weight, None, p.stride, p.padding, p.dilation,
+        False, (0, 0), groups, (False, True, False),
+    )[1]  # fmt: skip
+
+
+def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
+    """1x1 filters: grad_output^T (Kt x NPQ) times the visited pixels of the input (NPQ x C)."""
+    visited = input[:, :, :: p.stride[0], :: p.stride[1]]
+    product = _pixels(take(grad_output, filters, 1)).t() @ _pixels(visited)
+    return product[:, :, None, None]
+
+
+def _unfold(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
+    """Few filters: the input stays a matrix (NHW x C), the small side is unfolded to (NHW x R*S*Kt).
+
+    grad_W[k,c,r,s] = sum over n,h,w of input[n,c,h,w] * G[n,k,h + pad - r*dilation, w + pad - s*dilation], where G is
+    grad_output with stride - 1 zeros between its pixels and zeros around them.
+    """
+    spread = _spread(take(grad_output, filters, 1).permute(0, 2, 3, 1), p)
+    (r, s), (dh, dw) = p.kernel_size, p.dilation
+    top, left = (r - 1) * dh - p.padding[0], (s - 1) * dw - p.padding[1]
+    bottom = p.height + p.padding[0] - spread.size(1)
+    right = p.width + p.padding[1] - spread.size(2)
+    padded = F.pad(spread, (0, 0, left, right, top, bottom))  # (N, H + (R-1)d, W + (S-1)d, Kt)
+    taps = padded.unfold(1, (r - 1) * dh + 1, 1).unfold(2, (s - 1) * dw + 1, 1)[..., ::dh, ::dw]
+    columns = taps.permute(0, 1, 2, 4, 5, 3).reshape(-1, r * s * p.learned)  # (N*H*W, R*S*Kt), taps reversed
+    product = _pixels(input).t() @ columns  # (C, R*S*Kt)
+    return product.view(p.channels, r, s, p.learned).flip(1, 2).permute(3, 0, 1, 2)
+
+
+def _spread(pixels: Tensor, p: Problem) -> Tensor:
+    """(N, P, Q, Kt) with stride - 1 zeros between neighbouring pixels."""
+    if p.stride == (1, 1):
+        return pixels
+    n, height, width, learned = pixels.shape
+    rows, columns = (height - 1) * p.stride[0] + 1, (width - 1) * p.stride[1] + 1
+    spread = pixels.new_zeros(n, rows, columns, learned)
+    spread[:, :: p.stride[0], :: p.stride[1]] = pixels
+    return spread
+
+
+def _pixels(tensor: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N*H*W, C): a view of a channels_last tensor."""
+    return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.size(1))
+
+
+_ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Runs, Problem, int], Tensor]] = {
+    "full": _full,
+    "gather": _gather,
+    "matmul": _matmul,
+    "unfold": _unfold,
+}
+
+
+def _flops(p: Problem, algorithm: str) -> int:
+    """Multiply-adds, times two, of one weight gradient as it is really computed."""
+    chosen = plan(p, algorithm).algorithm
+    columns = p.filters if chosen == "full" else p.learned
+    pixels = p.height * p.width if chosen == "unfold" else p.output_size[0] * p.output_size[1]
+    return 2 * p.batch * pixels * columns * (p.channels // p.groups) * p.kernel_size[0] * p.kernel_size[1]
+
+
+@register_flop_formula(torch.ops.rwn_ext.conv2d_weight_grad, get_raw=True)
+def _(
+    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, algorithm: str, out_val: Any = None,
+) -> int:  # fmt: skip
+    task = problem(
+        input.shape, grad_output.size(1), filters, kernel_size, stride, padding, dilation, groups,
+        device=input.device.type, channels_last=memory_format(input) == torch.channels_last,
+    )  # fmt: skip
+    return _flops(task, algorithm)
