@@ -1,8 +1,9 @@
-"""What a model trains, as a table."""
+"""What a model trains and keeps: a table of its layers, bytes saved for backward, bytes of gradients and optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,44 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+class Saved:
+    """What autograd has saved for backward."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Each storage once, however many views of it are saved."""
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
+    """Counts what the forward pass inside the `with` keeps for backward, beside the model's parameters and buffers.
+
+    Counted storages are kept alive until the block ends.
+    """
+    saved = Saved()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved._storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the gradients present and of the optimizer's state, after a step."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    states = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    return sum(tensor.nbytes for tensor in (*gradients, *states))
 
 
 def _algorithms(model: nn.Module, example: Tensor) -> dict[nn.Module, str]:

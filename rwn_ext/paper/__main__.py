@@ -1,0 +1,156 @@
+"""The paper's programs: `python -m rwn_ext.paper train` and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rwn_ext.paper import data
+from rwn_ext.paper.networks import NAMES
+from rwn_ext.paper.schedules import Schedule, schedule_of
+from rwn_ext.paper.training import AMP_DTYPES, Config, Run
+from rwn_ext.subsets import parse
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a program; its exit code: 0 done, 2 for a choice or file that cannot be used, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    if importlib.util.find_spec("rich") is None:
+        return _fail("the programs need a few more packages: pip install 'rwn_ext[paper]'")
+    return options.program(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rwn_ext.paper", description=__doc__)
+    programs = parser.add_subparsers(required=True, metavar="PROGRAM")
+    train = programs.add_parser("train", help="train one network the paper's way", description=_train.__doc__)
+    train.set_defaults(program=_train)
+    what = train.add_argument_group("what is learned")
+    what.add_argument("--net", required=True, help=NAMES)
+    what.add_argument(
+        "--part", type=_part, help="of every convolution: 0.1 a fraction, 1 one filter, 1.0 all (default)"
+    )
+    what.add_argument("--frozen", choices=("random", "zero"), default="random", help="values of what is not learned")
+    what.add_argument("--only", help="learn one part of the network: conv1, block1, ..., fc, or nothing (BN alone)")
+    what.add_argument("--bn", choices=("learned", "frozen"), default="learned", help="gamma and beta of BatchNorm")
+    what.add_argument("--dropout", type=float, help="of wide residual networks (default: the paper's)")
+    how = train.add_argument_group("schedule (default: the paper's for the network)")
+    how.add_argument("--epochs", type=int)
+    how.add_argument("--batch-size", type=int, help="over all processes")
+    how.add_argument("--lr", type=float)
+    how.add_argument("--momentum", type=float)
+    how.add_argument("--weight-decay", type=float)
+    how.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help="epochs after which the rate drops")
+    how.add_argument("--factor", type=float, help="by which the rate drops")
+    how.add_argument("--seed", type=int, default=0)
+    where = train.add_argument_group("data, machine, files")
+    where.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="CIFAR-10 or -100 as officially unpacked; else digits"
+    )
+    where.add_argument("--image-size", type=int, help="of the digits (default 32)")
+    where.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    where.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision")
+    where.add_argument("--channels-last", action="store_true", help="NHWC, the faster layout on most machines")
+    where.add_argument("--compile", action="store_true", help="torch.compile the network")
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="of checkpoint.pt and log.jsonl (default: in runs/)")
+    where.add_argument("--resume", action="store_true", help="continue the run in --out")
+    demo = programs.add_parser("demo", help="what learning less saves, on digits", description=_demo.__doc__)
+    demo.set_defaults(program=_demo)
+    demo.add_argument("--out", type=Path, metavar="FOLDER", default=Path("demo"))
+    demo.add_argument("--epochs", type=int, default=6)
+    demo.add_argument("--rounds", type=int, default=15, help="of the timing at the end")
+    demo.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    return parser
+
+
+def _part(text: str) -> int | float:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Trains one of the paper's networks, wholly or partly, by the paper's schedule. torchrun starts it on several GPUs.
+
+    Every epoch ends with a line in log.jsonl and a checkpoint, from which --resume continues.
+    """
+    from rwn_ext.paper.progress import train_with_progress
+
+    def prepare() -> Run:
+        config = Config(
+            net=options.net, schedule=_schedule(options), part=options.part, frozen=options.frozen, only=options.only,
+            learn_bn=options.bn == "learned", dropout=options.dropout, seed=options.seed, amp=options.amp,
+            channels_last=options.channels_last, compile=options.compile, device=_device(options.device),
+        )  # fmt: skip
+        images = data.load(options.data, image_size=options.image_size)
+        return Run(replace(config, out=options.out or _folder(config, images.name)), images, resume=options.resume)
+
+    return _run(prepare, train_with_progress)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    """Trains wrn-16-2 on handwritten digits, wholly and with less and less of it learned: what does that save?"""
+    from rwn_ext.paper.demo import Demo
+
+    def prepare() -> Demo:
+        return Demo(options.out, options.epochs, options.rounds, _device(options.device))
+
+    return _run(prepare, Demo.show)
+
+
+def _run(prepare: Callable, run: Callable) -> int:
+    """Prepares, then runs; errors of the preparation are the user's to mend and cost nothing."""
+    try:
+        prepared = prepare()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return _fail(" ".join(str(error).split()))
+    try:
+        run(prepared)
+    except KeyboardInterrupt:
+        print("interrupted; --resume continues after the last whole epoch", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _schedule(options: argparse.Namespace) -> Schedule:
+    names = ("batch_size", "weight_decay", "epochs", "factor", "lr", "momentum", "milestones")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if "milestones" in given:
+        given["milestones"] = tuple(given["milestones"])
+    return replace(schedule_of(options.net), **given)
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: torch finds no usable GPU; leave --device out to train on the CPU")
+    return name
+
+
+def _folder(config: Config, images: str) -> Path:
+    """runs/ and what tells this run from another."""
+    choices = [f"part{config.part}" if config.part is not None else "all", config.frozen, config.only or ""]
+    choices += ["" if config.learn_bn else "bn-frozen", f"seed{config.seed}"]
+    return Path("runs") / "-".join([images, config.net, *filter(None, choices)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

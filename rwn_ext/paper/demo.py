@@ -1,0 +1,189 @@
+"""The demo: one network on handwritten digits, learned wholly and in ever smaller parts, and what that saves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from rwn_ext.paper import data
+from rwn_ext.paper.progress import ProgressWatcher, bar
+from rwn_ext.paper.schedules import schedule_of
+from rwn_ext.paper.timing import interleaved, ratio
+from rwn_ext.paper.training import CHECKPOINT, Config, Run
+from rwn_ext.report import saved_for_backward, training_bytes
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+NET, IMAGE_SIZE, BATCH_SIZE = "wrn-16-2", 16, 64
+PLAIN = "nn.Conv2d"
+CONTENDERS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "p = 0.4": {"part": 0.4},
+    "p = 0.1": {"part": 0.1},
+    "1 filter": {"part": 1},
+    "BN only": {"only": "nothing"},
+}
+
+
+@dataclass
+class Row:
+    """What one contender learned, cost and reached."""
+
+    name: str
+    learned_weights: int
+    step_ms: float
+    step_ratio: float
+    training_bytes: int
+    saved_bytes: int
+    best_accuracy: float
+
+
+class Demo:
+    """The five trainings, ready to go, and what is made of them."""
+
+    def __init__(self, out: Path, epochs: int, rounds: int, device: str) -> None:
+        if rounds < 1:
+            raise ValueError(f"rounds={rounds} measures nothing; give 1 or more")
+        self.out, self.rounds = out, rounds
+        images = data.load(None, image_size=IMAGE_SIZE)
+        schedule = replace(
+            schedule_of(NET), batch_size=BATCH_SIZE, epochs=epochs, milestones=(epochs - 2,) * (epochs > 2)
+        )
+        config = Config(net=NET, schedule=schedule, device=device, channels_last=True)
+        self.runs = {}
+        for name, choice in CONTENDERS.items():
+            folder = out / "".join(c for c in name.lower() if c.isalnum())
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+            self.runs[name] = Run(replace(config, out=folder, **choice), images)
+
+    def show(self) -> None:
+        """Trains, measures, and ends with the table, the picture and where they are."""
+        console = Console()
+        with bar(console) as progress:
+            best = {name: self._train(name, run, progress) for name, run in self.runs.items()}
+            rows = self._measure(best, progress)
+        self.out.mkdir(parents=True, exist_ok=True)
+        results = {"machine": _machine(self.runs[PLAIN].device), "net": NET, "image_size": IMAGE_SIZE}
+        results |= {"batch_size": BATCH_SIZE, "epochs": self.runs[PLAIN].config.schedule.epochs}
+        results["rows"] = [asdict(row) for row in rows]
+        (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (self.out / "table.md").write_text(markdown(results))
+        draw(results, self.out / "demo.png")
+        console.print(_table(rows))
+        console.print(f"picture: {self.out / 'demo.png'}   numbers: {self.out / 'results.json'}", highlight=False)
+
+    def _train(self, name: str, run: Run, progress: Progress) -> float:
+        watcher = ProgressWatcher(progress, f"{name:9}", run.config.schedule.epochs)
+        best = run.train(watcher)
+        progress.remove_task(watcher.task)
+        return best
+
+    def _measure(self, best: dict[str, float], progress: Progress) -> list[Row]:
+        """Step times of all contenders in turn, so that drift of the machine cancels; bytes of one step of each."""
+        images = self.runs[PLAIN].images.train
+        batch = images.images[:BATCH_SIZE], images.labels[:BATCH_SIZE]
+        steps = {name: _step(run, batch) for name, run in self.runs.items()}
+        task = progress.add_task("timing", total=self.rounds)
+        seconds: dict[str, list[float]] = {}
+        for seconds in interleaved(steps, self.rounds):
+            progress.advance(task)
+        progress.remove_task(task)
+        rows = []
+        for name, run in self.runs.items():
+            with saved_for_backward(run.model) as saved:
+                loss, _ = run.loss(run.model, *batch)
+            loss.backward()
+            rows.append(
+                Row(
+                    name=name,
+                    learned_weights=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+                    step_ms=1000 * sorted(seconds[name])[len(seconds[name]) // 2],
+                    step_ratio=ratio(seconds, name, PLAIN),
+                    training_bytes=training_bytes(run.model, run.optimizer),
+                    saved_bytes=saved.bytes,
+                    best_accuracy=best[name],
+                )
+            )
+        return rows
+
+
+def _step(run: Run, batch: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], object]:
+    run.model.train()
+    return lambda: run.step(run.model, *batch)
+
+
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+HEADER = (
+    "learned",
+    "weights learned",
+    "median step",
+    "of nn.Conv2d's",
+    "gradients + optimizer",
+    "saved for backward",
+    "best test accuracy",
+)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.learned_weights:,}",
+        f"{row.step_ms:.0f} ms" if row.step_ms >= 10 else f"{row.step_ms:.2f} ms",
+        f"{row.step_ratio:.2f}",
+        f"{row.training_bytes / 1e6:.2f} MB",
+        f"{row.saved_bytes / 1e6:.1f} MB",
+        f"{row.best_accuracy:.1f} %",
+    )
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title=f"{NET} on handwritten digits: what learning less saves")
+    for i, title in enumerate(HEADER):
+        table.add_column(title, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of a results file, for a README."""
+    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(_cells(Row(**row)) for row in results["rows"])]
+    caption = (
+        f"{results['net']}, digits at {results['image_size']}x{results['image_size']}, batch {results['batch_size']}, "
+        f"{results['epochs']} epochs; {results['machine']}"
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}\n"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Accuracy and relative step time against what is learned, as a PNG."""
+    rows = [Row(**row) for row in reversed(results["rows"])]
+    labels = [f"{row.name}\n{row.learned_weights:,}" for row in rows]
+    figure, (accuracy, time) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    accuracy.plot(labels, [row.best_accuracy for row in rows], "o-", color="tab:blue")
+    accuracy.set(title="Best test accuracy (%)", xlabel="learned (weights)", ylim=(0, 102))
+    time.bar(labels, [row.step_ratio for row in rows], color="tab:orange")
+    time.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+    time.set(title="Step time relative to nn.Conv2d", xlabel="learned (weights)")
+    for axes in (accuracy, time):
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(
+        f"{results['net']} on handwritten digits, {results['epochs']} epochs ({results['machine']})", size=10
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,261 @@
+"""The paper's networks for 32x32 images: WRN-D-K, DenseNet-BC-L-k, VGG, AlexNet, wholly or partly learned."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwn_ext.convert import convert
+
+NAMES = "wrn-D-K (wrn-28-10), densenet-bc-L-k (densenet-bc-100-12), vgg11-bn, vgg19-bn, vgg19, alexnet"
+
+
+def build(
+    name: str,
+    num_classes: int,
+    part: Any = None,
+    frozen: str = "random",
+    only: str | None = None,
+    learn_bn: bool = True,
+    dropout: float | None = None,
+    seed: int | None = None,
+) -> nn.Module:
+    """A network of the paper with the paper's initialisation, of which only a part is learned.
+
+    Args:
+        name: wrn-D-K, densenet-bc-L-k, vgg11-bn, vgg19-bn, vgg19 or alexnet.
+        part: what every convolution learns, as `trainable` of `PartialConv2d`: a fraction, a count of filters, ...;
+            None: everything, in plain `nn.Conv2d`.
+        frozen: fixed filters keep their random values ("random") or are zero ("zero").
+        only: learn one part of the network (conv1, block1, ..., fc; see `parts` of the network) or "nothing", the
+            classifier staying random unless it is the part. `part` then says how much of each convolution in it.
+        learn_bn: learn gamma and beta of every BatchNorm; running statistics are always updated.
+        dropout: of WRN between the convolutions of a unit; None is the paper's: 0.3 for wrn-28-10, else 0.
+        seed: initial values are drawn from it, leaving torch's global generator as it was; None draws from the global.
+
+    Raises ValueError for an unknown name or part, and for a choice that leaves nothing to learn.
+    Source: sections 3 and 4; without `only` the "fractional" experiments, with it the "integral" ones.
+    """
+    make = _maker(name, num_classes, dropout)
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        network = make()
+    _fix(network, part, frozen, only)
+    if not learn_bn:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError(f"part={part!r}, only={only!r}, learn_bn={learn_bn} leave nothing of {name} to learn")
+    return network
+
+
+def _maker(name: str, num_classes: int, dropout: float | None) -> Callable[[], nn.Module]:
+    wrn = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
+    if wrn:
+        depth, width = int(wrn[1]), int(wrn[2])
+        if depth < 10 or (depth - 4) % 6 or width < 1:
+            raise ValueError(f"{name}: a wide residual network has depth 6n + 4 (10, 16, 28, ...) and width 1 or more")
+        rate = (0.3 if name == "wrn-28-10" else 0.0) if dropout is None else dropout
+        if not 0 <= rate < 1:
+            raise ValueError(f"dropout={dropout} is no probability below 1")
+        return lambda: WideResNet(depth, width, num_classes, rate)
+    if dropout:
+        raise ValueError(f"dropout={dropout}: only wide residual networks (wrn-D-K) have dropout in the paper")
+    densenet = re.fullmatch(r"densenet-bc-(\d+)-(\d+)", name)
+    if densenet:
+        depth, growth = int(densenet[1]), int(densenet[2])
+        if depth < 10 or (depth - 4) % 6 or growth < 1:
+            raise ValueError(f"{name}: a DenseNet-BC has depth 6n + 4 (22, 40, 100, ...) and growth rate 1 or more")
+        return lambda: DenseNetBC(depth, growth, num_classes)
+    if name in ("vgg11-bn", "vgg19-bn", "vgg19"):
+        return lambda: VGG(_VGG_BLOCKS[name.removesuffix("-bn")], name.endswith("-bn"), num_classes)
+    if name == "alexnet":
+        return lambda: AlexNet(num_classes)
+    raise ValueError(f"there is no network {name!r}; choose {NAMES}")
+
+
+def _fix(network: nn.Module, part: Any, frozen: str, only: str | None) -> None:
+    """Fixes what `part` and `only` do not let learn."""
+    if only is None:
+        if part is not None:
+            convert(network, part, frozen=frozen)
+        elif frozen != "random":
+            raise ValueError(f"frozen={frozen!r} needs something fixed: give part or only")
+        return
+    if only not in (*network.parts, "nothing"):
+        raise ValueError(f"only={only!r} is no part of this network; choose {', '.join(network.parts)} or nothing")
+    inside = [name for name, _ in _convolutions(network) if name.split(".")[0] == only]
+    choices = {name: part if name in inside else 0 for name, _ in _convolutions(network)}
+    if part is None:
+        choices = {name: choice for name, choice in choices.items() if name not in inside}
+    convert(network, choices, frozen=frozen)
+    network.fc.requires_grad_(only == "fc")
+
+
+def _convolutions(network: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width (Zagoruyko & Komodakis 2016), pre-activation: (N, 3, H, W) -> (N, classes)."""
+
+    parts = ("conv1", "block1", "block2", "block3", "fc")
+
+    def __init__(self, depth: int, width: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        units, widths = (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.block1 = _wide_block(widths[0], widths[1], units, 1, dropout)
+        self.block2 = _wide_block(widths[1], widths[2], units, 2, dropout)
+        self.block3 = _wide_block(widths[2], widths[3], units, 2, dropout)
+        self.bn = nn.BatchNorm2d(widths[3])
+        self.fc = nn.Linear(widths[3], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(F.relu(self.bn(x)).mean((2, 3)))
+
+
+def _wide_block(in_channels: int, out_channels: int, units: int, stride: int, dropout: float) -> nn.Sequential:
+    first = WideUnit(in_channels, out_channels, stride, dropout)
+    return nn.Sequential(first, *(WideUnit(out_channels, out_channels, 1, dropout) for _ in range(units - 1)))
+
+
+class WideUnit(nn.Module):
+    """norm - relu - conv - norm - relu - dropout - conv, added to the input or to its 1x1 projection."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        same = in_channels == out_channels
+        self.shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        y = self.dropout(F.relu(self.bn2(self.conv1(y))))
+        return shortcut + self.conv2(y)
+
+
+class DenseNetBC(nn.Module):
+    """DenseNet-BC (Huang et al. 2017) for small images, compression 0.5: (N, 3, H, W) -> (N, classes)."""
+
+    parts = ("conv1", "block1", "block2", "block3", "fc")
+
+    def __init__(self, depth: int, growth: int, num_classes: int) -> None:
+        super().__init__()
+        units, channels = (depth - 4) // 6, 2 * growth
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.block1 = _dense_block(channels, growth, units)
+        channels += units * growth
+        self.transition1 = Transition(channels, channels // 2)
+        self.block2 = _dense_block(channels // 2, growth, units)
+        channels = channels // 2 + units * growth
+        self.transition2 = Transition(channels, channels // 2)
+        self.block3 = _dense_block(channels // 2, growth, units)
+        channels = channels // 2 + units * growth
+        self.bn = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, num_classes)
+        for _, conv in _convolutions(self):
+            nn.init.normal_(conv.weight, 0.0, math.sqrt(2 / (conv.kernel_size[0] ** 2 * conv.out_channels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transition1(self.block1(self.conv1(x)))
+        x = self.block3(self.transition2(self.block2(x)))
+        return self.fc(F.relu(self.bn(x)).mean((2, 3)))
+
+
+def _dense_block(channels: int, growth: int, units: int) -> nn.Sequential:
+    return nn.Sequential(*(DenseUnit(channels + i * growth, growth) for i in range(units)))
+
+
+class DenseUnit(nn.Module):
+    """norm - relu - 1x1 conv to 4k - norm - relu - 3x3 conv to k, concatenated to the input."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.bn1(x)))
+        return torch.cat([x, self.conv2(F.relu(self.bn2(y)))], 1)
+
+
+class Transition(nn.Module):
+    """norm - relu - 1x1 conv - 2x2 average pooling."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(in_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
+
+
+_VGG_BLOCKS = {
+    "vgg11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    "vgg19": ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4),
+}
+
+
+class VGG(nn.Module):
+    """VGG (Simonyan & Zisserman 2015) with one linear layer as its head: (N, 3, 32, 32) -> (N, classes)."""
+
+    parts = ("block1", "block2", "block3", "block4", "block5", "fc")
+
+    def __init__(self, blocks: tuple[tuple[int, ...], ...], batch_norm: bool, num_classes: int) -> None:
+        super().__init__()
+        channels = 3
+        for i, widths in enumerate(blocks, 1):
+            layers: list[nn.Module] = []
+            for width in widths:
+                layers.append(nn.Conv2d(channels, width, 3, padding=1))
+                layers += [nn.BatchNorm2d(width)] if batch_norm else []
+                layers.append(nn.ReLU(inplace=True))
+                channels = width
+            self.add_module(f"block{i}", nn.Sequential(*layers, nn.MaxPool2d(2)))
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts[:-1]:
+            x = self.get_submodule(part)(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class AlexNet(nn.Module):
+    """AlexNet for CIFAR, without normalisation: (N, 3, 32, 32) -> (N, classes)."""
+
+    parts = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc")
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 11, stride=4, padding=5)
+        self.conv2 = nn.Conv2d(64, 192, 5, padding=2)
+        self.conv3 = nn.Conv2d(192, 384, 3, padding=1)
+        self.conv4 = nn.Conv2d(384, 256, 3, padding=1)
+        self.conv5 = nn.Conv2d(256, 256, 3, padding=1)
+        self.fc = nn.Linear(256, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.conv4(F.relu(self.conv3(x))))
+        x = F.max_pool2d(F.relu(self.conv5(x)), 2)
+        return self.fc(x.mean((2, 3)))

@@ -1,0 +1,42 @@
+"""Fair timing on a noisy machine: contenders take turns, round by round, in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+
+def synchronized_clock() -> float:
+    """Seconds, after everything asked of the GPU so far is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> Iterator[dict[str, list[float]]]:
+    """Runs every contender once a round, in an order that rotates; yields the seconds of each after every round.
+
+    Drift of the machine then hits all alike, and a ratio of two contenders is best taken within rounds (`ratio`).
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        for _ in range(warmup):
+            run()
+    names = list(contenders)
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            started = synchronized_clock()
+            contenders[name]()
+            seconds[name].append(synchronized_clock() - started)
+        yield seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, reference: str) -> float:
+    """The median over the rounds of `name`'s time relative to `reference`'s."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))

@@ -1,0 +1,292 @@
+"""The paper's training run: SGD by its schedule, a log line and a checkpoint every epoch, exact resumption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rwn_ext import set_subsets_, subsets
+from rwn_ext.paper import data, networks
+from rwn_ext.paper.schedules import Schedule
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Everything but where and for how long decides its numbers."""
+
+    net: str
+    schedule: Schedule
+    part: int | float | None = None
+    frozen: str = "random"
+    only: str | None = None
+    learn_bn: bool = True
+    dropout: float | None = None
+    seed: int = 0
+    amp: str | None = None
+    channels_last: bool = False
+    compile: bool = False
+    device: str = "cpu"
+    out: Path = Path("runs/run")
+
+    def identity(self, images: data.ImageSet) -> dict[str, Any]:
+        """What a run must share with a checkpoint to continue it."""
+        values = dataclasses.asdict(self)
+        schedule = {k: v for k, v in values.pop("schedule").items() if k != "epochs"}
+        for name in ("out", "device", "compile"):
+            del values[name]
+        identity = values | schedule | {"data": images.name, "image_size": images.train.images.size(-1)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in identity.items()}
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes."""
+
+    def batch(self, done: int, total: int, epoch: int) -> None: ...
+
+    def epoch(self, record: dict[str, Any]) -> None: ...
+
+
+class Run:
+    """A run ready to go: every choice checked, the network built, the checkpoint (if resumed) loaded, nothing written.
+
+    Each epoch draws its order, augmentation and dropout from (seed, epoch) alone, so a resumed run continues bit for
+    bit wherever the machine computes the same twice.
+
+    Raises ValueError (DataError for data) for a choice that cannot be run and a checkpoint that cannot be resumed.
+    """
+
+    def __init__(self, config: Config, images: data.ImageSet, *, resume: bool = False) -> None:
+        if config.amp is not None and config.amp not in AMP_DTYPES:
+            raise ValueError(f"amp={config.amp!r} is unknown; choose one of {', '.join(AMP_DTYPES)}")
+        self.config, self.ranks = config, Ranks()
+        self.device = torch.device(self.ranks.local_device(config.device))
+        self.images = images.to(self.device)
+        self.model = networks.build(
+            config.net, images.num_classes, config.part, config.frozen, config.only, config.learn_bn, config.dropout,
+            config.seed,
+        )  # fmt: skip
+        self.history: list[dict[str, Any]] = []
+        state = self._checkpoint(resume)
+        if state is not None:
+            set_subsets_(self.model, state["subsets"])
+            self.model.load_state_dict(state["model"])
+            self.history = state["history"]
+        self.model.to(self.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self._check_input()
+        schedule = config.schedule
+        self.optimizer = torch.optim.SGD(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+
+    @property
+    def best(self) -> float:
+        """The highest test accuracy so far: the number the paper reports."""
+        return max((record["test_accuracy"] for record in self.history), default=0.0)
+
+    def train(self, watcher: Watcher) -> float:
+        """Trains the epochs that are left; returns the best test accuracy, in percent."""
+        learner: nn.Module = self.model
+        if self.ranks.size > 1:
+            learner = DistributedDataParallel(learner)
+        if self.config.compile:
+            learner = torch.compile(learner)
+        if self.ranks.first:
+            self.config.out.mkdir(parents=True, exist_ok=True)
+            self._write_log()
+        for epoch in range(len(self.history), self.config.schedule.epochs):
+            started = time.perf_counter()
+            lr = self.config.schedule.lr_at(epoch)
+            loss, accuracy = self._train_epoch(learner, epoch, lr, watcher)
+            if not math.isfinite(loss):
+                raise RuntimeError(f"the loss of epoch {epoch + 1} is {loss}; lower --lr, or train without --amp")
+            test_accuracy = self._evaluate()
+            record = {
+                "epoch": epoch + 1, "lr": lr, "train_loss": loss, "train_accuracy": accuracy,
+                "test_accuracy": test_accuracy, "best": max(self.best, test_accuracy),
+                "seconds": round(time.perf_counter() - started, 3),
+            }  # fmt: skip
+            self.history.append(record)
+            if self.ranks.first:
+                self._save()
+                self._write_log()
+                watcher.epoch(record)
+        return self.best
+
+    def _train_epoch(self, learner: nn.Module, epoch: int, lr: float, watcher: Watcher) -> tuple[float, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Order and augmentation are drawn alike on every rank; dropout must differ between them.
+        seed = 1_000_003 * self.config.seed + epoch
+        order = torch.Generator().manual_seed(seed)
+        augmentation = torch.Generator(self.device).manual_seed(seed + self.ranks.rank * 500_009)
+        torch.manual_seed(seed + self.ranks.rank * 500_009)
+        learner.train()
+        size = self.config.schedule.batch_size
+        batches = data.batches(
+            self.images.train, size, generator=order, rank=self.ranks.rank, world_size=self.ranks.size
+        )
+        total = math.ceil(len(self.images.train) / size)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss, of what is classified correctly
+        count = 0
+        for done, (images, labels) in enumerate(batches, 1):
+            images = data.random_crop_flip(images, augmentation, padding=self.images.padding, flip=self.images.flip)
+            loss, logits = self.step(learner, images, labels)
+            correct = (logits.argmax(1) == labels).sum()
+            sums += torch.stack([loss.double() * len(labels), correct.double()])
+            count += len(labels) * self.ranks.size
+            watcher.batch(done, total, epoch)
+        loss_sum, correct_sum = self.ranks.sum(sums).tolist()
+        return loss_sum / count, 100 * correct_sum / count
+
+    def step(self, learner: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of SGD on uint8 images (N, 3, H, W); the loss and the logits before it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, logits = self.loss(learner, images, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach(), logits.detach()
+
+    def loss(self, learner: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, to be differentiated, and its logits."""
+        with self._autocast():
+            logits = learner(self._prepare(images))
+            return F.cross_entropy(logits, labels), logits
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Test accuracy in percent, each rank classifying its share with the running statistics of the first."""
+        self.ranks.share_buffers(self.model)
+        self.model.eval()
+        test, correct = self.images.test, torch.zeros(1, dtype=torch.float64, device=self.device)
+        share = data.Split(
+            test.images[self.ranks.rank :: self.ranks.size], test.labels[self.ranks.rank :: self.ranks.size]
+        )
+        for images, labels in data.batches(share, self.config.schedule.batch_size):
+            with self._autocast():
+                logits = self.model(self._prepare(images))
+            correct += (logits.argmax(1) == labels).sum()
+        return 100 * self.ranks.sum(correct).item() / len(test)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return data.normalize(images, self.images.mean, self.images.std).contiguous(memory_format=layout)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.amp is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, AMP_DTYPES[self.config.amp])
+
+    @torch.no_grad()
+    def _check_input(self) -> None:
+        """The images must survive the network's poolings."""
+        size = self.images.train.images.size(-1)
+        mode = self.model.training
+        try:
+            self.model.eval()(torch.zeros(1, 3, size, size, device=self.device))
+        except RuntimeError as error:
+            raise ValueError(f"{self.config.net} cannot take {size}x{size} images ({error})") from None
+        finally:
+            self.model.train(mode)
+
+    def _checkpoint(self, resume: bool) -> dict[str, Any] | None:
+        path = self.config.out / CHECKPOINT
+        if not resume:
+            if path.exists():
+                raise ValueError(f"{path} exists: pass --resume to continue that run, or another --out for a new one")
+            return None
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: there is nothing to resume; leave --resume out to start")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path} is no checkpoint that can be read ({reason}); remove it to start anew") from None
+        keys = ("identity", "subsets", "model", "optimizer", "scaler", "history")
+        if not isinstance(state, dict) or any(key not in state for key in keys):
+            raise ValueError(f"{path} is no checkpoint of this program; give another --out")
+        wanted = self.config.identity(self.images)
+        for key, value in wanted.items():
+            if state["identity"].get(key) != value:
+                raise ValueError(
+                    f"{path} is of another run: {key}={state['identity'].get(key)!r} there, {value!r} here; "
+                    "give its own arguments or another --out"
+                )
+        return state
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.config.identity(self.images),
+            "subsets": subsets(self.model),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": self.history,
+        }
+        with _replacing(self.config.out / CHECKPOINT) as path:
+            torch.save(state, path)
+
+    def _write_log(self) -> None:
+        """The whole log from the history, so that it never says more or less than the checkpoint."""
+        with _replacing(self.config.out / LOG) as path:
+            path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+
+
+class Ranks:
+    """The processes of this run: one, or as many as torchrun started."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+
+    def local_device(self, device: str) -> str:
+        """The device of this process; joins the others."""
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and self.size > 1 else device
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return local
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share_buffers(self, model: nn.Module) -> None:
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `target` once all is written and on disk."""
+    path = target.with_name(target.name + ".part")
+    yield path
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(path, target)

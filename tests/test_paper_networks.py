@@ -1,0 +1,141 @@
+"""The paper's networks: golden parameter counts, initial values, which parts learn."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from rwn_ext import PartialConv2d
+from rwn_ext.paper.networks import build
+
+# Learned parameters of the authors' own runs, CIFAR-10 head.
+GOLDEN = {
+    "wrn-28-10": {
+        None: 36_479_194, 0.07: 2_530_629, 0.1: 3_669_829, 0.4: 14_606_284, 0.7: 25_542_739,
+        1: 99_909, 5: 402_097, 10: 779_832,
+    },
+    "densenet-bc-100-12": {
+        None: 769_162, 0.07: 58_453, 0.1: 90_196, 0.4: 305_701, 0.7: 532_894,
+        1: 57_529, 5: 177_973, 10: 328_528,
+    },
+}  # fmt: skip
+INTEGRAL = {"conv1": 24_636, "block1": 194_484, "block2": 258_996, "block3": 291_252, "fc": 27_418, "nothing": 23_988}
+NAMES = ["wrn-10-1", "densenet-bc-22-12", "vgg11-bn", "vgg19-bn", "vgg19", "alexnet"]
+
+
+def learned(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("part", GOLDEN["wrn-28-10"], ids=str)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_learned_parameters_equal_the_papers(name, part):
+    with torch.device("meta"):
+        assert learned(build(name, 10, part)) == GOLDEN[name][part]
+
+
+@pytest.mark.parametrize("only", INTEGRAL)
+def test_learned_parameters_of_one_part_equal_the_papers(only):
+    with torch.device("meta"):
+        assert learned(build("densenet-bc-100-12", 10, only=only)) == INTEGRAL[only]
+
+
+@pytest.mark.parametrize(("name", "bn", "fc"), [("wrn-28-10", 17_952, 6_410), ("densenet-bc-100-12", 23_988, 3_430)])
+def test_batch_norm_and_classifier_counts(name, bn, fc):
+    with torch.device("meta"):
+        network = build(name, 10)
+        fixed = build(name, 10, 0.1, learn_bn=False)
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert sum(learned(m) for m in norms) == bn
+    assert learned(network.fc) == fc
+    assert learned(fixed) == GOLDEN[name][0.1] - bn
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("part", [None, 0.1, 0], ids=str)
+def test_every_network_computes_and_learns(name, part):
+    network = build(name, 7, part, seed=0)
+    output = network(torch.randn(2, 3, 32, 32))
+    assert output.shape == (2, 7)
+    (output * torch.randn_like(output)).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_partial_network_computes_what_the_whole_one_does(name):
+    whole, partial = build(name, 10, seed=3).eval(), build(name, 10, 0.4, seed=3).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(partial(x), whole(x), rtol=0, atol=0)
+
+
+def test_filters_learned_are_the_last_and_the_others_can_be_zero():
+    network = build("vgg11-bn", 10, 0.25, frozen="zero", seed=0)
+    convs = [m for m in network.modules() if isinstance(m, PartialConv2d)]
+    assert len(convs) == 8
+    for conv in convs:
+        learns = conv.out_channels // 4
+        assert conv.filters.indices == tuple(range(conv.out_channels - learns, conv.out_channels))
+        assert not conv.weight[:-learns].any() and conv.weight[-learns:].any()
+        assert not conv.bias[:-learns].any() and conv.bias[-learns:].all()
+
+
+def test_part_within_only_one_part():
+    network = build("wrn-10-1", 10, 0.5, only="block2")
+    for name, conv in network.named_modules():
+        if isinstance(conv, PartialConv2d):
+            assert len(conv.filters) == (conv.out_channels // 2 if name.startswith("block2.") else 0)
+    assert not network.fc.weight.requires_grad
+
+
+def test_initial_values():
+    """DenseNet's convolutions are normal by fan-out, the others PyTorch's uniform by fan-in."""
+    dense = build("densenet-bc-40-12", 10, seed=0).block3[5].conv1.weight
+    assert dense.std().item() == pytest.approx(math.sqrt(2 / dense.size(0)), rel=0.05)
+    assert dense.abs().max() > 2.5 * dense.std()
+    wide = build("wrn-16-4", 10, seed=0).block3[1].conv1.weight
+    bound = 1 / math.sqrt(wide[0].numel())
+    assert 0.99 * bound < wide.abs().max() <= bound
+
+
+def test_seed_decides_and_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    first, second, other = (build("wrn-10-1", 10, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.randn(3), expected)
+    assert torch.equal(first.conv1.weight, second.conv1.weight)
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+
+
+def test_dropout_is_the_papers_unless_given():
+    def rates(name, **options):
+        with torch.device("meta"):
+            return {m.p for m in build(name, 10, **options).modules() if isinstance(m, nn.Dropout)}
+
+    assert rates("wrn-28-10") == {0.3}
+    assert rates("wrn-28-4") == set()
+    assert rates("wrn-28-10", dropout=0.0) == set()
+    assert rates("wrn-16-2", dropout=0.2) == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet-50", 10), "resnet-50"),
+        (("wrn-29-10", 10), "6n \\+ 4"),
+        (("densenet-bc-101-12", 10), "6n \\+ 4"),
+        (("wrn-10-1", 10, 40), "conv1.*40"),
+        (("wrn-10-1", 10, 1.5), "1.5"),
+        (("wrn-10-1", 10, None, "zero"), "zero"),
+        (("wrn-10-1", 10, None, "random", "block9"), "block9.*block1"),
+        (("wrn-10-1", 10, None, "random", "nothing", False), "nothing of wrn-10-1 to learn"),
+        (("alexnet", 10, None, "random", "nothing"), "nothing of alexnet to learn"),
+        (("vgg19", 10, None, "random", None, True, 0.5), "dropout=0.5"),
+        (("wrn-10-1", 10, None, "random", None, True, 1.0), "dropout=1.0"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_wrong_choices_name_the_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(*arguments)
