@@ -55,7 +55,7 @@ class PartialConv2dFunction(torch.autograd.Function):
         ctx.save_for_backward(*(weights if needs_input else (None, None, None)), seen if needs_weight else None)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
         ctx.parameter_dtypes = [None if part is None else part.dtype for part in (weight_trainable, bias_trainable)]
-        return torch.ops.aten.convolution(
+        return torch.convolution(
             input, _weight(weights, layer, "forward"), _bias(bias_trainable, bias_frozen, layer),
             layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups,
         )  # fmt: skip
@@ -106,6 +106,6 @@ def _grad_input(grad_output: Tensor, weight: Tensor, layer: Layer, input_size: A
         - 1
         for i in (0, 1)
     ]
-    return torch.ops.aten.convolution(
+    return torch.convolution(
         grad_output, weight, None, layer.stride, layer.padding, layer.dilation, True, output_padding, layer.groups
     )

@@ -3,8 +3,9 @@
 `merge` builds a whole weight from its learned and its fixed part; `conv2d_weight_grad` computes the weight gradient of
 the learned filters. Each has one schema, one fake and one aten implementation that runs on every device.
 
-The functions of the same names are the way in: they call the registered op, or, while a differentiable result is wanted
-(double backward, `PartialConv2d.weight`), its implementation, which is made of differentiable aten calls.
+The functions of the same names are the way in. Where a compiler, a dispatch mode or a tracer watches, they call the
+registered op; else its implementation itself: that spares two thirds of the cost of a call, and is differentiable
+(double backward, `PartialConv2d.weight`), being made of aten calls.
 """
 
 from __future__ import annotations
@@ -49,9 +50,8 @@ def merge(
         whole = fixed if learned is None else learned
         assert whole is not None
         return whole.to(dtype)
-    if _wants_graph():
-        return _merge(learned, fixed, runs, axis, dtype, stage)
-    return torch.ops.rwn_ext.merge(learned, fixed, runs, axis, dtype, stage)
+    function = torch.ops.rwn_ext.merge if _watched() else _merge
+    return function(learned, fixed, runs, axis, dtype, stage)
 
 
 def merge_block(
@@ -81,7 +81,7 @@ def conv2d_weight_grad(
     the channels that `seen_channels` names: those of the groups that hold a learned filter. `groups` counts all groups.
     The result is channels_last where the input is.
     """
-    function = _weight_grad if _wants_graph() else torch.ops.rwn_ext.conv2d_weight_grad
+    function = torch.ops.rwn_ext.conv2d_weight_grad if _watched() else _weight_grad
     return function(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm)
 
 
@@ -113,28 +113,31 @@ def copy_channels(input: Tensor, channels: Runs) -> Tensor:
     return take(input, channels, 1)
 
 
+@lru_cache(maxsize=4096)
 def problem(
-    input_size: Any, out_channels: int, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, *, device: str, channels_last: bool,
+    input_size: tuple[int, ...], out_channels: int, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, device: str, layout: torch.memory_format,
 ) -> Problem:  # fmt: skip
     """What the planner sees of a `conv2d_weight_grad` call."""
-    touched = run_length(_touched_groups(tuple(filters), out_channels, groups))
+    touched = run_length(_touched_groups(filters, out_channels, groups))
     batch, channels, height, width = input_size
     return Problem(
         batch=batch, channels=channels, height=height, width=width, filters=out_channels // groups * touched,
-        learned=run_length(filters), kernel_size=tuple(kernel_size), stride=tuple(stride), padding=tuple(padding),
-        dilation=tuple(dilation), groups=max(touched, 1), device=device, channels_last=channels_last,
+        learned=run_length(filters), kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
+        groups=max(touched, 1), device=device, channels_last=layout == torch.channels_last,
     )  # fmt: skip
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last for a tensor that is dense in NHWC order and in no other, else contiguous."""
-    nhwc = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if nhwc and not tensor.is_contiguous() else torch.contiguous_format
+    if tensor.dim() != 4 or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
-def _wants_graph() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _watched() -> bool:
+    """Whether someone must see the op as one: a compiler, a dispatch mode (counting FLOPs, tracing, faking)."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 _INDICES: dict[tuple[Runs, torch.device], Tensor] = {}
@@ -155,9 +158,14 @@ def _index(runs: Runs, device: torch.device) -> Tensor:
 def _merge(learned: Tensor, fixed: Tensor, runs: Runs, axis: int, dtype: torch.dtype, stage: str) -> Tensor:
     learned, fixed = learned.to(dtype), fixed.to(dtype)
     if len(runs) == 2:
-        before, after = fixed.split([runs[0], fixed.size(axis) - runs[0]], axis)
-        whole = torch.cat([part for part in (before, learned, after) if part.size(axis)], axis)
-        return whole.contiguous(memory_format=memory_format(fixed))
+        before, after = runs[0], fixed.size(axis) - runs[0]
+        if after == 0:
+            parts = [fixed, learned]
+        elif before == 0:
+            parts = [learned, fixed]
+        else:
+            parts = [fixed.narrow(axis, 0, before), learned, fixed.narrow(axis, before, after)]
+        return torch.cat(parts, axis).contiguous(memory_format=memory_format(fixed))
     whole = _empty_whole(learned, fixed, axis)
     others = Subset(whole.size(axis), tuple(runs)).complement.runs
     whole.index_copy_(axis, _index(runs, fixed.device), learned)
@@ -184,14 +192,13 @@ def _weight_grad(
     grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
     dilation: Pair, groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
+    filters, layout = tuple(filters), memory_format(input)
     task = problem(
-        input.shape, grad_output.size(1), filters, kernel_size, stride, padding, dilation, groups,
-        device=input.device.type, channels_last=memory_format(input) == torch.channels_last,
+        input.shape, grad_output.size(1), filters, tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation),
+        groups, input.device.type, layout,
     )  # fmt: skip
     implementation = _ALGORITHMS[plan(task, algorithm).algorithm]
-    return implementation(grad_output, input, tuple(filters), task, groups).contiguous(
-        memory_format=memory_format(input)
-    )
+    return implementation(grad_output, input, filters, task, groups).contiguous(memory_format=layout)
 
 
 torch.library.impl("rwn_ext::conv2d_weight_grad", "CompositeExplicitAutograd", _weight_grad)
@@ -248,11 +255,18 @@ def _scaled(runs: Runs, factor: int) -> Runs:
 
 def _full(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
     """The library's weight gradient of every filter in the touched groups, then the learned ones of it."""
-    out_channels = grad_output.size(1)
+    candidates, rows = _candidates(filters, grad_output.size(1), groups)
+    whole = _library_weight_grad(take(grad_output, candidates, 1), input, p, p.groups)
+    # A copy: a view would keep the whole gradient alive for as long as the learned part of it.
+    return take(whole, rows, 0).clone()
+
+
+@lru_cache(maxsize=4096)
+def _candidates(filters: Runs, out_channels: int, groups: int) -> tuple[Runs, Runs]:
+    """Every filter of the touched groups, and the places of the learned ones among them."""
     candidates = _scaled(_touched_groups(filters, out_channels, groups), out_channels // groups)
     place = {k: i for i, k in enumerate(run_indices(candidates))}
-    rows = Subset.from_indices(p.filters, [place[k] for k in run_indices(filters)]).runs
-    return take(_library_weight_grad(take(grad_output, candidates, 1), input, p, p.groups), rows, 0)
+    return candidates, Subset.from_indices(len(place), [place[k] for k in run_indices(filters)]).runs
 
 
 def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
@@ -350,7 +364,7 @@ def _(
     dilation: Pair, groups: int, algorithm: str, out_val: Any = None,
 ) -> int:  # fmt: skip
     task = problem(
-        input.shape, grad_output.size(1), filters, kernel_size, stride, padding, dilation, groups,
-        device=input.device.type, channels_last=memory_format(input) == torch.channels_last,
+        input.shape, grad_output.size(1), tuple(filters), tuple(kernel_size), tuple(stride), tuple(padding),
+        tuple(dilation), groups, input.device.type, memory_format(input),
     )  # fmt: skip
     return _flops(task, algorithm)

@@ -80,7 +80,8 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the gradients present and of the optimizer's state, after a step."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     states = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-    return sum(tensor.nbytes for tensor in (*gradients, *states))
+    storages = [tensor.untyped_storage() for tensor in (*gradients, *states)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _algorithms(model: nn.Module, example: Tensor) -> dict[nn.Module, str]:

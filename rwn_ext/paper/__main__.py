@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = programs.add_parser("demo", help="what learning less saves, on digits", description=_demo.__doc__)
     demo.set_defaults(program=_demo)
     demo.add_argument("--out", type=Path, metavar="FOLDER", default=Path("demo"))
-    demo.add_argument("--epochs", type=int, default=6)
+    demo.add_argument("--epochs", type=int, default=10)
     demo.add_argument("--rounds", type=int, default=15, help="of the timing at the end")
     demo.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     return parser
@@ -78,7 +79,7 @@ def _part(text: str) -> int | float:
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Trains one of the paper's networks, wholly or partly, by the paper's schedule. torchrun starts it on several GPUs.
+    """Trains one of the paper's networks, wholly or partly, by the paper's schedule; with torchrun on several GPUs.
 
     Every epoch ends with a line in log.jsonl and a checkpoint, from which --resume continues.
     """
@@ -93,20 +94,20 @@ def _train(options: argparse.Namespace) -> int:
         images = data.load(options.data, image_size=options.image_size)
         return Run(replace(config, out=options.out or _folder(config, images.name)), images, resume=options.resume)
 
-    return _run(prepare, train_with_progress)
+    return _run(prepare, train_with_progress, interrupted="--resume continues after the last whole epoch")
 
 
 def _demo(options: argparse.Namespace) -> int:
-    """Trains wrn-16-2 on handwritten digits, wholly and with less and less of it learned: what does that save?"""
+    """Trains wrn-16-2 on handwritten digits, wholly and with ever less of it learned: what is saved?"""
     from rwn_ext.paper.demo import Demo
 
     def prepare() -> Demo:
         return Demo(options.out, options.epochs, options.rounds, _device(options.device))
 
-    return _run(prepare, Demo.show)
+    return _run(prepare, Demo.show, interrupted="the demo starts anew next time")
 
 
-def _run(prepare: Callable, run: Callable) -> int:
+def _run(prepare: Callable, run: Callable, *, interrupted: str) -> int:
     """Prepares, then runs; errors of the preparation are the user's to mend and cost nothing."""
     try:
         prepared = prepare()
@@ -115,11 +116,13 @@ def _run(prepare: Callable, run: Callable) -> int:
     try:
         run(prepared)
     except KeyboardInterrupt:
-        print("interrupted; --resume continues after the last whole epoch", file=sys.stderr)
+        print(f"interrupted; {interrupted}", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        # Together: whoever leaves while another still talks to it takes both down.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
     return 0
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -21,10 +23,7 @@ from rwn_ext.paper.timing import interleaved, ratio
 from rwn_ext.paper.training import CHECKPOINT, Config, Run
 from rwn_ext.report import saved_for_backward, training_bytes
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-NET, IMAGE_SIZE, BATCH_SIZE = "wrn-16-2", 16, 64
+NET, IMAGE_SIZE = "wrn-16-2", 16
 PLAIN = "nn.Conv2d"
 CONTENDERS: dict[str, dict[str, Any]] = {
     PLAIN: {},
@@ -56,9 +55,8 @@ class Demo:
             raise ValueError(f"rounds={rounds} measures nothing; give 1 or more")
         self.out, self.rounds = out, rounds
         images = data.load(None, image_size=IMAGE_SIZE)
-        schedule = replace(
-            schedule_of(NET), batch_size=BATCH_SIZE, epochs=epochs, milestones=(epochs - 2,) * (epochs > 2)
-        )
+        milestones = (epochs - 2,) if epochs > 2 else ()
+        schedule = replace(schedule_of(NET), epochs=epochs, milestones=milestones)
         config = Config(net=NET, schedule=schedule, device=device, channels_last=True)
         self.runs = {}
         for name, choice in CONTENDERS.items():
@@ -73,9 +71,16 @@ class Demo:
             best = {name: self._train(name, run, progress) for name, run in self.runs.items()}
             rows = self._measure(best, progress)
         self.out.mkdir(parents=True, exist_ok=True)
-        results = {"machine": _machine(self.runs[PLAIN].device), "net": NET, "image_size": IMAGE_SIZE}
-        results |= {"batch_size": BATCH_SIZE, "epochs": self.runs[PLAIN].config.schedule.epochs}
-        results["rows"] = [asdict(row) for row in rows]
+        schedule = self.runs[PLAIN].config.schedule
+        results = {
+            "machine": _machine(self.runs[PLAIN].device),
+            "net": NET,
+            "image_size": IMAGE_SIZE,
+            "batch_size": schedule.batch_size,
+            "epochs": schedule.epochs,
+            "rounds": self.rounds,
+            "rows": [asdict(row) for row in rows],
+        }
         (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (self.out / "table.md").write_text(markdown(results))
         draw(results, self.out / "demo.png")
@@ -90,13 +95,11 @@ class Demo:
 
     def _measure(self, best: dict[str, float], progress: Progress) -> list[Row]:
         """Step times of all contenders in turn, so that drift of the machine cancels; bytes of one step of each."""
-        images = self.runs[PLAIN].images.train
-        batch = images.images[:BATCH_SIZE], images.labels[:BATCH_SIZE]
+        images, size = self.runs[PLAIN].images.train, self.runs[PLAIN].config.schedule.batch_size
+        batch = images.images[:size], images.labels[:size]
         steps = {name: _step(run, batch) for name, run in self.runs.items()}
         task = progress.add_task("timing", total=self.rounds)
-        seconds: dict[str, list[float]] = {}
-        for seconds in interleaved(steps, self.rounds):
-            progress.advance(task)
+        seconds = interleaved(steps, self.rounds, after_round=lambda: progress.advance(task))
         progress.remove_task(task)
         rows = []
         for name, run in self.runs.items():
@@ -107,7 +110,7 @@ class Demo:
                 Row(
                     name=name,
                     learned_weights=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-                    step_ms=1000 * sorted(seconds[name])[len(seconds[name]) // 2],
+                    step_ms=1000 * statistics.median(seconds[name]),
                     step_ratio=ratio(seconds, name, PLAIN),
                     training_bytes=training_bytes(run.model, run.optimizer),
                     saved_bytes=saved.bytes,
@@ -131,7 +134,7 @@ HEADER = (
     "learned",
     "weights learned",
     "median step",
-    "of nn.Conv2d's",
+    "to nn.Conv2d",
     "gradients + optimizer",
     "saved for backward",
     "best test accuracy",
@@ -151,9 +154,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title=f"{NET} on handwritten digits: what learning less saves")
+    table = Table(title=f"{NET} on handwritten digits: what learning less saves", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, title in enumerate(HEADER):
-        table.add_column(title, justify="right" if i else "left")
+        table.add_column(title.replace(" ", "\n"), justify="right" if i else "left")
     for row in rows:
         table.add_row(*_cells(row))
     return table
@@ -173,7 +176,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Accuracy and relative step time against what is learned, as a PNG."""
     rows = [Row(**row) for row in reversed(results["rows"])]
     labels = [f"{row.name}\n{row.learned_weights:,}" for row in rows]
-    figure, (accuracy, time) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    accuracy, time = figure.subplots(1, 2)
     accuracy.plot(labels, [row.best_accuracy for row in rows], "o-", color="tab:blue")
     accuracy.set(title="Best test accuracy (%)", xlabel="learned (weights)", ylim=(0, 102))
     time.bar(labels, [row.step_ratio for row in rows], color="tab:orange")
@@ -186,4 +190,3 @@ def draw(results: dict[str, Any], path: Path) -> None:
         f"{results['net']} on handwritten digits, {results['epochs']} epochs ({results['machine']})", size=10
     )
     figure.savefig(path, dpi=120)
-    plt.close(figure)

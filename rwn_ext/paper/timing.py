@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -17,9 +17,12 @@ def synchronized_clock() -> float:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
-) -> Iterator[dict[str, list[float]]]:
-    """Runs every contender once a round, in an order that rotates; yields the seconds of each after every round.
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    after_round: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Runs every contender once a round, in an order that rotates; the seconds that each took, round by round.
 
     Drift of the machine then hits all alike, and a ratio of two contenders is best taken within rounds (`ratio`).
     """
@@ -34,7 +37,8 @@ def interleaved(
             started = synchronized_clock()
             contenders[name]()
             seconds[name].append(synchronized_clock() - started)
-        yield seconds
+        after_round()
+    return seconds
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, reference: str) -> float:

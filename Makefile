@@ -1,0 +1,38 @@
+# demo, test, bench and lint do all their own set-up, in a virtual environment beside this file; gpu uses the Python at
+# hand, with the packages it has.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE $(wildcard rwn_ext/*.py rwn_ext/*/*.py)
+
+.PHONY: demo test bench lint gpu clean
+
+demo: $(VENV)/installed-paper
+	$(VENV)/bin/python -m rwn_ext.paper demo
+
+test: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/installed-bench
+	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr --benchmark-json=bench-results.json
+
+lint: $(VENV)/installed-lint
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+# Everything that needs a GPU, without a virtual environment or network: for a machine that has torch for its GPU.
+gpu:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch finds no usable GPU'"
+	$(PYTHON) -m pytest tests
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Each of these holds the package as `pip install .` builds it, with one of its extras.
+$(VENV)/installed-%: $(VENV)/bin/python $(SOURCES)
+	$(PIP) install --quiet --constraint constraints.txt ".[$*]"
+	touch $@

@@ -1,0 +1,116 @@
+"""The ways people learn a part of a convolution today, each as its best self, beside ours.
+
+All take an nn.Conv2d and the number of filters to learn, the last ones, and compute what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwn_ext import PartialConv2d
+
+PLAIN = "nn.Conv2d"
+
+
+def plain(conv: nn.Conv2d, learned: int) -> nn.Module:
+    """Everything is learned."""
+    return _copy(conv)
+
+
+def masked(conv: nn.Conv2d, learned: int) -> nn.Module:
+    """A hook zeroes the gradient of what is fixed."""
+    conv = _copy(conv)
+    mask = torch.zeros_like(conv.weight)
+    mask[conv.out_channels - learned :] = 1
+    conv.weight.register_hook(lambda grad: grad * mask)
+    return conv
+
+
+class SplitCat(nn.Module):
+    """The learned filters are a Parameter of their own, concatenated to the fixed ones: the paper's own code."""
+
+    def __init__(self, conv: nn.Conv2d, learned: int) -> None:
+        super().__init__()
+        fixed, own = conv.weight.detach().split([conv.out_channels - learned, learned])
+        self.register_buffer("fixed", fixed.clone(memory_format=torch.preserve_format))
+        self.learned = nn.Parameter(own.clone(memory_format=torch.preserve_format))
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
+        self.stride, self.padding = conv.stride, conv.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, torch.cat([self.fixed, self.learned]), self.bias, self.stride, self.padding)
+
+
+class _SlicedFunction(torch.autograd.Function):
+    """Slices grad_output before asking aten for the weight gradient: what one writes in an afternoon."""
+
+    @staticmethod
+    def forward(ctx, x, fixed, learned, bias, stride, padding):
+        weight = torch.cat([fixed, learned])
+        ctx.save_for_backward(x, weight)
+        ctx.learned, ctx.stride, ctx.padding = len(learned), stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_learned = grad_bias = None
+        rest = (None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1)
+        if ctx.needs_input_grad[0]:
+            mask = (True, False, False)
+            grad_x = torch.ops.aten.convolution_backward(grad_output, x, weight, *rest, mask)[0]
+        if ctx.needs_input_grad[2]:
+            mask = (False, True, False)
+            own = grad_output[:, -ctx.learned :]
+            grad_learned = torch.ops.aten.convolution_backward(own, x, weight[-ctx.learned :], *rest, mask)[1]
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_output.sum((0, 2, 3))
+        return grad_x, None, grad_learned, grad_bias, None, None
+
+
+class Sliced(SplitCat):
+    """The sliced gradient as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _SlicedFunction.apply(x, self.fixed, self.learned, self.bias, self.stride, self.padding)
+
+
+def ours(conv: nn.Conv2d, learned: int) -> nn.Module:
+    """`PartialConv2d`."""
+    return PartialConv2d.from_conv2d(conv, trainable=learned)
+
+
+WAYS: dict[str, Callable[[nn.Conv2d, int], nn.Module]] = {
+    PLAIN: plain,
+    "gradient mask": masked,
+    "split + cat": SplitCat,
+    "sliced aten": Sliced,
+    "rwn_ext": ours,
+}
+
+
+def learned_gradient(module: nn.Module, learned: int) -> Tensor:
+    """The gradient of the learned filters, wherever the way keeps it."""
+    for name in ("weight_trainable", "learned"):
+        parameter = getattr(module, name, None)
+        if parameter is not None:
+            return parameter.grad
+    return module.weight.grad[-learned:]
+
+
+def with_convolutions(model: nn.Module, way: Callable[[nn.Conv2d, int], nn.Module], part: float) -> nn.Module:
+    """The model, its convolutions replaced by `way` with a fraction `part` of their filters learned."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            learned = int(child.out_channels * part) if type(child) is nn.Conv2d else 0
+            if learned:
+                setattr(parent, name, way(child, learned))
+    return model
+
+
+def _copy(conv: nn.Conv2d) -> nn.Conv2d:
+    return PartialConv2d.from_conv2d(conv, trainable=1.0).to_conv2d()

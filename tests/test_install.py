@@ -1,0 +1,39 @@
+"""What a user types first: the package installs, plainly and editable, and its programs start from anywhere."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROBE = "import rwn_ext, rwn_ext.paper.networks; print(rwn_ext.__file__)"
+
+
+def run(*command: object, cwd: Path) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--editable",)], ids=["plain", "editable"])
+def test_package_installs_under_build_isolation(tmp_path, options):
+    """In a fresh environment that borrows torch; what the build needs comes from the index, and torch is not of it."""
+    clone, venv = tmp_path / "clone", tmp_path / "venv"
+    tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in tracked:
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            (clone / name).write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
+    python = venv / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    # After the environment's own packages and the editable hook in the order of names.
+    (site / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    output = run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", *options, clone, cwd=tmp_path)
+    assert "torch" not in output
+    place = Path(run(python, "-c", PROBE, cwd=tmp_path).strip())
+    assert place.parents[1] == (clone if options else site)
+    for folder in (clone, tmp_path):
+        assert "train" in run(python, "-m", "rwn_ext.paper", "--help", cwd=folder)

@@ -1,0 +1,309 @@
+"""The training program: schedules, exact resumption, what it refuses, what it writes."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rwn_ext.paper import data
+from rwn_ext.paper.__main__ import main
+from rwn_ext.paper.schedules import Schedule, schedule_of
+from rwn_ext.paper.training import CHECKPOINT, LOG, Config, Run
+
+SCHEDULE = Schedule(batch_size=16, weight_decay=5e-4, epochs=3, milestones=(2,), factor=0.2, lr=0.05)
+
+
+class Watcher:
+    """Raises KeyboardInterrupt at a batch, as Ctrl-C does."""
+
+    def __init__(self, interrupt_at: tuple[int, int] | None = None) -> None:
+        self.interrupt_at = interrupt_at
+
+    def batch(self, done, total, epoch):
+        assert 1 <= done <= total
+        if (epoch, done) == self.interrupt_at:
+            raise KeyboardInterrupt
+
+    def epoch(self, record):
+        pass
+
+
+@pytest.fixture(scope="module")
+def images() -> data.ImageSet:
+    """72 training images of 4 classes that differ in brightness, in batches of 16 with a ragged last one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(n):
+        labels = torch.arange(n) % 4
+        noise = torch.randint(0, 60, (n, 3, 16, 16), generator=generator)
+        return data.Split((noise + 60 * labels[:, None, None, None]).to(torch.uint8), labels)
+
+    return data.ImageSet("bright", split(72), split(20), 4, (0.5,) * 3, (0.3,) * 3, flip=True, padding=2)
+
+
+def config(tmp_path, **options) -> Config:
+    return Config(**({"net": "wrn-10-1", "schedule": SCHEDULE, "part": 0.25, "out": tmp_path / "run"} | options))
+
+
+def state_of(path: Path) -> dict:
+    return torch.load(path / CHECKPOINT, weights_only=True)
+
+
+def assert_same(left, right):
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        ("wrn-28-10", (128, 5e-4, 200, {0: 0.1, 59: 0.1, 60: 0.02, 120: 0.004, 199: 0.0008})),
+        ("densenet-bc-100-12", (64, 1e-4, 300, {149: 0.1, 150: 0.01, 299: 0.001})),
+        ("vgg19-bn", (128, 1e-4, 164, {80: 0.1, 81: 0.01, 122: 0.001})),
+        ("alexnet", (128, 1e-4, 164, {80: 0.1, 81: 0.01, 122: 0.001})),
+    ],
+)
+def test_schedules_are_the_papers(net, expected):
+    schedule = schedule_of(net)
+    batch, decay, epochs, rates = expected
+    assert (schedule.batch_size, schedule.weight_decay, schedule.epochs) == (batch, decay, epochs)
+    assert schedule.momentum == 0.9
+    assert {epoch: schedule.lr_at(epoch) for epoch in rates} == pytest.approx(rates)
+
+
+def test_run_learns_and_records(tmp_path, images):
+    run = Run(config(tmp_path, schedule=replace(SCHEDULE, epochs=8, milestones=())), images)
+    best = run.train(Watcher())
+    log = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    assert [record["epoch"] for record in log] == list(range(1, 9))
+    assert best == max(record["test_accuracy"] for record in log) == log[-1]["best"] > 80
+    assert log[-1]["train_loss"] < log[0]["train_loss"] / 2
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [CHECKPOINT, LOG]
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "channels_last": True}, {"amp": "bf16"}], ids=str)
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, images, options):
+    whole = config(tmp_path / "whole", **options)
+    Run(whole, images).train(Watcher())
+    broken = config(tmp_path / "broken", **options)
+    with pytest.raises(KeyboardInterrupt):
+        Run(broken, images).train(Watcher(interrupt_at=(1, 3)))
+    assert len(state_of(broken.out)["history"]) == 1
+    torch.manual_seed(99)
+    Run(broken, images, resume=True).train(Watcher())
+    left, right = state_of(whole.out), state_of(broken.out)
+    for record in (*left["history"], *right["history"]):
+        del record["seconds"]
+    assert_same(left["model"], right["model"])
+    assert_same(left["optimizer"], right["optimizer"])
+    assert left["history"] == right["history"]
+
+
+def test_resuming_restores_the_subsets(tmp_path, images):
+    first = Run(config(tmp_path), images)
+    first.model.conv1.set_trainable_([0, 5])
+    first.config.out.mkdir(parents=True)
+    first._save()
+    again = Run(config(tmp_path), images, resume=True)
+    assert again.model.conv1.filters.indices == (0, 5)
+    assert_same(again.model.state_dict(), first.model.state_dict())
+
+
+def test_frozen_weights_stay_and_running_statistics_move(tmp_path, images):
+    run = Run(config(tmp_path), images)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.train(Watcher())
+    after = run.model.state_dict()
+    unit = run.model.block2[0].conv1
+    fixed = unit.out_channels - len(unit.filters)
+    assert_same(after["block2.0.conv1.weight"][:fixed], before["block2.0.conv1.weight"][:fixed])
+    assert not torch.equal(after["block2.0.conv1.weight"][fixed:], before["block2.0.conv1.weight"][fixed:])
+    assert not torch.equal(after["bn.running_mean"], before["bn.running_mean"])
+
+
+def test_step_is_sgd_on_the_normalized_batch(tmp_path, images):
+    run = Run(config(tmp_path, part=None), images)
+    twin = Run(config(tmp_path, part=None), images).model
+    batch, labels = images.train.images[:16], images.train.labels[:16]
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.05
+    loss, _ = run.step(run.model, batch, labels)
+    reference = nn.functional.cross_entropy(twin((batch / 255 - 0.5) / 0.3), labels)
+    reference.backward()
+    torch.testing.assert_close(loss, reference.detach())
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter -= 0.05 * (parameter.grad + 5e-4 * parameter)
+    torch.testing.assert_close(dict(run.model.named_parameters()), dict(twin.named_parameters()))
+
+
+def test_accuracy_is_that_of_evaluation_mode(tmp_path, images):
+    run = Run(config(tmp_path), images)
+    run.train(Watcher())
+    model = run.model.eval()
+    with torch.no_grad():
+        predicted = model(data.normalize(images.test.images, images.mean, images.std)).argmax(1)
+    assert run.history[-1]["test_accuracy"] == pytest.approx(100 * (predicted == images.test.labels).float().mean())
+
+
+def test_diverging_run_stops_and_keeps_its_last_checkpoint(tmp_path, images):
+    run = Run(config(tmp_path), images)
+    run.train(Watcher())
+    worse = config(tmp_path, schedule=replace(SCHEDULE, epochs=4))
+    resumed = Run(worse, images, resume=True)
+    resumed.model.fc.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="loss of epoch 4 is nan"):
+        resumed.train(Watcher())
+    assert len(state_of(worse.out)["history"]) == 3
+    assert state_of(worse.out)["model"]["fc.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"net": "wrn-16-1"}, "net='wrn-10-1' there, 'wrn-16-1' here"),
+        ({"part": 1}, "part=0.25 there, 1 here"),
+        ({"seed": 7}, "seed=0 there, 7 here"),
+        ({"schedule": replace(SCHEDULE, lr=0.1)}, "lr=0.05 there, 0.1 here"),
+    ],
+    ids=str,
+)
+def test_checkpoint_of_another_run_is_refused(tmp_path, images, change, message):
+    run = Run(config(tmp_path), images)
+    run.config.out.mkdir(parents=True)
+    run._save()
+    with pytest.raises(ValueError, match=message):
+        Run(config(tmp_path, **change), images, resume=True)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile-was-here",)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps(Hostile()), "truncated"], ids=str)
+def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, images, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run(config(tmp_path), images)
+    run.config.out.mkdir(parents=True)
+    run._save()
+    path = run.config.out / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-200] if content == "truncated" else content)
+    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+        Run(config(tmp_path), images, resume=True)
+    assert not (tmp_path / "hostile-was-here").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--net", "resnet-18"], "there is no network 'resnet-18'"),
+        (["--net", "wrn-11-1"], "depth 6n + 4"),
+        (["--net", "wrn-10-1", "--data", "nowhere"], "nowhere: is no folder"),
+        (["--net", "wrn-10-1", "--only", "nothing", "--bn", "frozen"], "nothing of wrn-10-1 to learn"),
+        (["--net", "wrn-10-1", "--part", "40"], "conv1: trainable=40"),
+        (["--net", "wrn-10-1", "--part", "1.5"], "1.5"),
+        (["--net", "wrn-10-1", "--only", "block7"], "only='block7'"),
+        (["--net", "wrn-10-1", "--epochs", "0"], "epochs=0"),
+        (["--net", "wrn-10-1", "--batch-size", "0"], "batch_size=0"),
+        (["--net", "wrn-10-1", "--lr", "nan"], "lr=nan"),
+        (["--net", "wrn-10-1", "--resume"], "nothing to resume"),
+        (["--net", "wrn-10-1", "--image-size", "4"], "image_size=4"),
+        (["--net", "alexnet", "--image-size", "16"], "alexnet cannot take 16x16 images"),
+        (["--net", "wrn-10-1", "--device", "tpu"], "tpu"),
+        pytest.param(
+            ["--net", "wrn-10-1", "--device", "cuda"], "no usable GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "_".join(value[1:]),
+)  # fmt: skip
+def test_program_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["train", "--net", "vgg19", "--part", "half"]], ids=str)
+def test_program_shows_its_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert "usage: python -m rwn_ext.paper" in capsys.readouterr().err
+
+
+QUICK = ["--net", "wrn-10-1", "--part", "1", "--epochs", "1", "--image-size", "8", "--batch-size", "512"]
+
+
+def test_program_trains_resumes_and_will_not_overwrite(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *QUICK]) == 0
+    out = tmp_path / "runs" / "digits-wrn-10-1-part1-random-seed0"
+    assert sorted(path.name for path in out.iterdir()) == [CHECKPOINT, LOG]
+    assert main(["train", *QUICK]) == 2
+    assert "pass --resume" in capsys.readouterr().err
+    assert main(["train", *QUICK, "--epochs", "2", "--resume"]) == 0
+    assert len((out / LOG).read_text().splitlines()) == 2
+    assert "best test accuracy" in capsys.readouterr().out
+
+
+def test_program_reads_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = data.LAYOUTS["cifar-10-batches-bin"]
+    small = replace(layout, train=dict.fromkeys(layout.train, 8), test={"test_batch.bin": 8})
+    monkeypatch.setitem(data.LAYOUTS, "cifar-10-batches-bin", small)
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in (*small.train, *small.test):
+        torch.randint(0, 10, (8, 3073), dtype=torch.uint8).numpy().tofile(folder / name)
+    assert main(["train", "--net", "wrn-10-1", "--data", str(folder), "--epochs", "1", "--channels-last"]) == 0
+
+
+def test_compiled_run_trains_like_an_eager_one(tmp_path, images):
+    histories = []
+    for name, compiled in (("eager", False), ("compiled", True)):
+        run = Run(
+            config(tmp_path / name, compile=compiled, schedule=replace(SCHEDULE, epochs=1, batch_size=36)), images
+        )
+        run.train(Watcher())
+        histories.append(run.history[0]["train_loss"])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-3)
+
+
+def torchrun(folder: Path, *arguments: str) -> str:
+    """The output of two processes on one machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "rwn_ext.paper", "train", *arguments],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_two_processes_train_one_network(tmp_path):
+    arguments = [*QUICK, "--device", "cpu", "--out", "run"]
+    assert torchrun(tmp_path, *arguments).count("best test accuracy") == 1
+    assert len((tmp_path / "run" / LOG).read_text().splitlines()) == 1
+    torchrun(tmp_path, *arguments, "--epochs", "2", "--resume")
+    assert len(state_of(tmp_path / "run")["history"]) == 2
+
+
+def test_version_and_help_need_no_extra(tmp_path):
+    """The help must work where only torch is installed."""
+    code = (
+        "import sys\n"
+        "for name in ('rich', 'matplotlib', 'sklearn', 'numpy'): sys.modules[name] = None\n"
+        "import runpy; sys.argv = ['paper', '--help']; runpy.run_module('rwn_ext.paper', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "train" in done.stdout and "demo" in done.stdout
