@@ -266,10 +266,14 @@ class Ranks:
 
     def local_device(self, device: str) -> str:
         """The device of this process; joins the others."""
-        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and self.size > 1 else device
-        if self.size > 1 and not dist.is_initialized():
+        if self.size == 1:
+            return device
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        return local
+        return device
 
     def sum(self, values: Tensor) -> Tensor:
         if self.size > 1:
