@@ -116,10 +116,9 @@ class PartialConv2d(nn.Module):
     def to_conv2d(self) -> nn.Conv2d:
         """An `nn.Conv2d` that computes the same, all of it learnable."""
         conv = self._new_conv2d(partial(nn.utils.skip_init, nn.Conv2d))
-        with torch.no_grad():
-            conv.weight.copy_(self.weight)
-            if conv.bias is not None:
-                conv.bias.copy_(self.bias)
+        conv.weight = nn.Parameter(self.weight.detach())
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach())
         return conv.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -318,11 +317,17 @@ class PartialConv2d(nn.Module):
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         refused = []
         for name, split in (("weight", self.partition.split_weight), ("bias", self.partition.split_bias)):
-            current, whole = getattr(self, name), own.get(prefix + name)
-            if current is None or not torch.is_tensor(whole):
+            current = getattr(self, name)
+            if current is None or prefix + name not in own:
                 continue
-            del own[prefix + name]
-            if whole.shape != current.shape:
+            whole = own.pop(prefix + name)
+            if not torch.is_tensor(whole):
+                refused.append(name)
+                error_msgs.append(
+                    f'While copying the parameter named "{prefix}{name}", expected torch.Tensor or Tensor-like object '
+                    f"from checkpoint but received {type(whole)}"
+                )
+            elif whole.shape != current.shape:
                 refused.append(name)
                 error_msgs.append(
                     f"size mismatch for {prefix}{name}: copying a param with shape {whole.shape} from checkpoint, the "
