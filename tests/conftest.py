@@ -16,6 +16,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("rwn_ext")
 
+# On tensors this small threads only wait for each other.
+torch.set_num_threads(1)
+
 DEVICES = [pytest.param("cpu", id="cpu")]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))
