@@ -104,17 +104,22 @@ def set_subsets_(
     """Makes the model's layers learn what `subsets(model)` said. Returns the model, which computes what it did.
 
     Values are anything `PartialConv2d` takes as (trainable, trainable_inputs); layers not named keep theirs.
-    `optimizer` as for `PartialConv2d.set_trainable_`. Raises ValueError for a name that is no PartialConv2d.
+    `optimizer` as for `PartialConv2d.set_trainable_`. Raises ValueError for a name that is no PartialConv2d, and what
+    `set_trainable_` raises, naming the layer; the model is then unchanged.
     """
     layers = _partial(model)
     unknown = [name for name in subsets if name not in layers]
     if unknown:
         raise ValueError(f"no PartialConv2d is named {', '.join(map(repr, unknown))}; there are {', '.join(layers)}")
-    for name, (filters, inputs) in subsets.items():
+    partitions = {}
+    for name, choice in subsets.items():
         try:
-            layers[name].set_trainable_(filters, inputs, optimizer=optimizer)
+            filters, inputs = choice
+            partitions[name] = layers[name].partition_for(filters, inputs, optimizer=optimizer)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
+    for name, partition in partitions.items():
+        layers[name].set_partition_(partition, optimizer=optimizer)
     return model
 
 

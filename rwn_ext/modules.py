@@ -116,10 +116,9 @@ class PartialConv2d(nn.Module):
     def to_conv2d(self) -> nn.Conv2d:
         """An `nn.Conv2d` that computes the same, all of it learnable."""
         conv = self._new_conv2d(partial(nn.utils.skip_init, nn.Conv2d))
-        with torch.no_grad():
-            conv.weight.copy_(self.weight)
-            if conv.bias is not None:
-                conv.bias.copy_(self.bias)
+        conv.weight = nn.Parameter(self.weight.detach())
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach())
         return conv.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -177,15 +176,33 @@ class PartialConv2d(nn.Module):
 
         Raises ValueError, before anything changes, if a Parameter comes into being that the optimizer does not know.
         """
-        weight, bias = self.weight.detach(), self.bias
-        partition = self._choose(weight, trainable, trainable_inputs, select, seed)
-        parts = partition.split_weight(weight) | partition.split_bias(None if bias is None else bias.detach())
-        for name in ("weight_trainable", "bias_trainable"):
-            if optimizer is not None and self._parameters[name] is None and parts[name] is not None:
+        partition = self.partition_for(trainable, trainable_inputs, select=select, seed=seed, optimizer=optimizer)
+        return self.set_partition_(partition, optimizer=optimizer)
+
+    def partition_for(
+        self,
+        trainable: Any,
+        trainable_inputs: Any = None,
+        *,
+        select: str = "last",
+        seed: int | torch.Generator | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Partition:
+        """What `set_trainable_` would set. Raises what it raises, and changes nothing."""
+        partition = self._choose(self.weight.detach(), trainable, trainable_inputs, select, seed)
+        bias_filters = Subset.empty(self.out_channels) if self.bias is None else partition.bias_filters
+        for name, learned in (("weight_trainable", partition.block), ("bias_trainable", bias_filters)):
+            if optimizer is not None and self._parameters[name] is None and not learned.is_empty:
                 raise ValueError(
                     f"{name} comes into being, so the optimizer has no group for it; build the optimizer anew, or pass "
                     "optimizer=None and call optimizer.add_param_group"
                 )
+        return partition
+
+    def set_partition_(self, partition: Partition, *, optimizer: torch.optim.Optimizer | None = None) -> PartialConv2d:
+        """`set_trainable_` of what `partition_for` has checked."""
+        weight, bias = self.weight.detach(), self.bias
+        parts = partition.split_weight(weight) | partition.split_bias(None if bias is None else bias.detach())
         if optimizer is not None:
             self._move_state(optimizer, partition)
         self.partition = partition
@@ -318,11 +335,17 @@ class PartialConv2d(nn.Module):
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         refused = []
         for name, split in (("weight", self.partition.split_weight), ("bias", self.partition.split_bias)):
-            current, whole = getattr(self, name), own.get(prefix + name)
-            if current is None or not torch.is_tensor(whole):
+            current = getattr(self, name)
+            if current is None or prefix + name not in own:
                 continue
-            del own[prefix + name]
-            if whole.shape != current.shape:
+            whole = own.pop(prefix + name)
+            if not torch.is_tensor(whole):
+                refused.append(name)
+                error_msgs.append(
+                    f'While copying the parameter named "{prefix}{name}", expected torch.Tensor or Tensor-like object '
+                    f"from checkpoint but received {type(whole)}"
+                )
+            elif whole.shape != current.shape:
                 refused.append(name)
                 error_msgs.append(
                     f"size mismatch for {prefix}{name}: copying a param with shape {whole.shape} from checkpoint, the "

@@ -209,7 +209,8 @@ def _(
     grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
     dilation: Pair, groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
-    touched = run_length(_touched_groups(tuple(filters), grad_output.size(1), groups))
+    # int: a compiler may hold the number of filters for one that varies; which groups are touched, it then does not.
+    touched = run_length(_touched_groups(tuple(filters), int(grad_output.size(1)), groups))
     shape = (run_length(filters), input.size(1) // touched, *kernel_size)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 

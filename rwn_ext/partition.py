@@ -57,14 +57,19 @@ class Partition:
         return dict(zip(BIAS_PARTS, [None if part is None else part.clone() for part in parts], strict=True))
 
     def merge_weight(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
-        """The whole weight of which these are the WEIGHT_PARTS."""
-        return ops.merge_block(*parts, self.block.runs, self.inputs.runs, dtype, stage="forward")
+        """The whole weight of which these are the WEIGHT_PARTS; always a copy."""
+        return _copy(ops.merge_block(*parts, self.block.runs, self.inputs.runs, dtype, stage="forward"), parts)
 
     def merge_bias(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-        """The whole bias of which these are the BIAS_PARTS; None without one."""
+        """The whole bias of which these are the BIAS_PARTS; None without one, else always a copy."""
         if all(part is None for part in parts):
             return None
-        return ops.merge(*parts, self.bias_filters.runs, 0, dtype, stage="forward")
+        return _copy(ops.merge(*parts, self.bias_filters.runs, 0, dtype, stage="forward"), parts)
+
+
+def _copy(whole: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
+    """`whole`, copied if it is the only part there is."""
+    return whole.clone() if any(whole is part for part in parts) else whole
 
 
 def _part(whole: Tensor | None, subset: Subset, axis: int) -> Tensor | None:

@@ -111,7 +111,10 @@ def choose(
         return _pick(_checked_count(int(trainable), size, what), size, policy, weight, axis, seed)
     if isinstance(trainable, numbers.Real):
         return _pick(_fraction_count(float(trainable), size, what), size, policy, weight, axis, seed)
-    return Subset.from_indices(size, _checked_indices(_as_list(trainable, what), size, what))
+    values = _as_list(trainable, what)
+    # An array without elements says by its dtype alone that it is a mask.
+    maybe_mask = bool(values) or "bool" in str(getattr(trainable, "dtype", ""))
+    return Subset.from_indices(size, _checked_indices(values, size, what, maybe_mask))
 
 
 def parse(text: str) -> int | float:
@@ -174,8 +177,8 @@ def _as_list(values: Any, what: str) -> list[Any]:
         ) from None
 
 
-def _checked_indices(values: list[Any], size: int, what: str) -> list[int]:
-    if values and all(isinstance(value, bool) for value in values):
+def _checked_indices(values: list[Any], size: int, what: str, maybe_mask: bool) -> list[int]:
+    if maybe_mask and all(isinstance(value, bool) for value in values):
         if len(values) != size:
             raise ValueError(f"{what} is a mask of {len(values)} values for {size} channels")
         return [i for i, learned in enumerate(values) if learned]

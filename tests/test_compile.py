@@ -1,0 +1,135 @@
+"""torch.compile: one graph, the same values, and no merged weight kept between forward and backward."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import integers, saved_tensors
+from torch import nn
+
+from rwn_ext import PartialConv2d
+
+CHOICES = {
+    "contiguous": {"trainable": 3},
+    "scattered": {"trainable": [0, 3, 4, 9]},
+    "block": {"trainable": [1, 5], "trainable_inputs": [0, 2]},
+    "none": {"trainable": 0},
+    "all": {"trainable": 1.0},
+}
+EVERY_CHOICE = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+def layer_of(choice: dict, **more) -> PartialConv2d:
+    return PartialConv2d(4, 12, 3, **{"padding": 1, "dtype": torch.float64, **choice, **more})
+
+
+def values_and_gradients(
+    call, layer: nn.Module, *size: int, layout: torch.memory_format = torch.contiguous_format
+) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    x = integers(*size, device=next(layer.parameters()).device.type).to(memory_format=layout).requires_grad_()
+    layer.zero_grad()
+    output = call(x)
+    output.backward(integers(*output.shape, device=x.device.type))
+    return [output.detach(), x.grad, *(p.grad.clone() for p in layer.parameters() if p.requires_grad)]
+
+
+def assert_same(compiled, layer: nn.Module, *size: int, **more) -> None:
+    ours, eager = (values_and_gradients(call, layer, *size, **more) for call in (compiled, layer))
+    for a, b in zip(ours, eager, strict=True):
+        assert a.stride() == b.stride() and torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@EVERY_CHOICE
+def test_one_graph_and_eager_s_values(choice: dict, dynamic: bool | None, device: str):
+    layer = layer_of(choice, device=device)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for size in [(2, 4, 7, 8), (3, 4, 9, 6)]:
+        assert_same(compiled, layer, *size)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"groups": 2},
+        {"groups": 4, "stride": 2},
+        {"padding": "same", "padding_mode": "reflect"},
+        {"padding": "valid", "stride": (1, 2), "bias": False},
+        {"algorithm": "full"},
+        {"algorithm": "unfold"},
+        {"kernel_size": 1, "padding": 0, "algorithm": "matmul"},
+    ],
+    ids=str,
+)
+def test_geometries_and_forced_algorithms(more: dict, device: str):
+    layer = PartialConv2d(
+        **{"in_channels": 4, "out_channels": 12, "kernel_size": 3, "padding": 1, "trainable": [0, 2, 3], **more},
+        dtype=torch.float64,
+        device=device,
+    )
+    assert_same(torch.compile(layer, backend="aot_eager", fullgraph=True), layer, 2, 4, 7, 8)
+
+
+def test_an_algorithm_that_cannot_be_is_refused_when_compiled_too():
+    layer = layer_of({"trainable": 3}, algorithm="matmul")
+    with pytest.raises(Exception, match="1x1"):
+        torch.compile(layer, backend="aot_eager")(integers(2, 4, 7, 8))
+
+
+def test_after_set_trainable_the_new_subset_is_compiled():
+    layer = layer_of({"trainable": [0, 3]})
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert_same(compiled, layer, 2, 4, 7, 8)
+    layer.set_trainable_([1, 3])
+    assert_same(compiled, layer, 2, 4, 7, 8)
+    layer.set_trainable_([1, 5, 7], [0])
+    assert_same(compiled, layer, 2, 4, 7, 8)
+
+
+@pytest.mark.parametrize("choice", ["contiguous", "scattered", "block"])
+def test_autocast(choice: str, device: str):
+    layer = layer_of(CHOICES[choice], dtype=torch.float32, device=device)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return layer(x.float())
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    ours, eager = (values_and_gradients(c, layer, 2, 4, 7, 8) for c in (compiled, call))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("choice", "layout"),
+    [
+        ("contiguous", torch.channels_last),
+        ("scattered", torch.channels_last),
+        ("block", torch.channels_last),
+        ("contiguous", torch.contiguous_format),
+    ],
+    ids=str,
+)
+def test_inductor_equals_eager_and_keeps_no_merged_weight(choice: str, layout: torch.memory_format, device: str):
+    """Contiguous tensors it keeps as channels_last copies, of nn.Conv2d's weight and input too; others as they are."""
+    layer = layer_of(CHOICES[choice], device=device).to(memory_format=layout)
+    compiled = torch.compile(layer, fullgraph=True)
+    assert_same(compiled, layer, 2, 4, 7, 8, layout=layout)
+    x = integers(2, 4, 7, 8, device=device).to(memory_format=layout).requires_grad_()
+    with saved_tensors() as kept:
+        compiled(x)
+    assert kept and layer.weight.shape not in [t.shape for t in kept]
+    if layout == torch.channels_last:
+        held = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
+        new = [t for t in kept if t.is_floating_point() and t.untyped_storage().data_ptr() not in held]
+        seen = 0 if layer.inputs.is_full else x[:, layer.inputs.indices].numel() * x.element_size()
+        assert sum(t.untyped_storage().nbytes() for t in new) == seen

@@ -1,0 +1,140 @@
+"""The two operators: their contract with torch.library, their values, their FLOPs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import integers
+from torch.utils.flop_counter import FlopCounterMode
+
+from rwn_ext import PartialConv2d, ops
+from rwn_ext.subsets import Subset
+
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+
+
+def runs(*indices: int) -> tuple[int, ...]:
+    return Subset.from_indices(99, indices).runs
+
+
+@LAYOUTS
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("learned", [runs(0, 1), runs(4, 5), runs(2, 3), runs(0, 2), runs(1, 3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_keeps_its_contract(learned, axis: int, layout, dtype: torch.dtype, device: str):
+    whole = torch.randn(6, 6, 3, 2, device=device).to(memory_format=layout)
+    chosen = Subset(6, learned)
+    parts = [
+        ops.take(whole, subset.runs, axis).clone(memory_format=layout).requires_grad_(subset is chosen)
+        for subset in (chosen, chosen.complement)
+    ]
+    arguments = (*parts, learned, axis, dtype, "forward")
+    merged = torch.ops.rwn_ext.merge(*(a.detach() if torch.is_tensor(a) else a for a in arguments))
+    assert torch.equal(merged, whole.to(dtype)) and merged.is_contiguous(memory_format=layout)
+    assert all(merged.untyped_storage().data_ptr() != part.untyped_storage().data_ptr() for part in parts)
+    torch.library.opcheck(torch.ops.rwn_ext.merge.default, [a.detach() if torch.is_tensor(a) else a for a in arguments])
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("filters", "groups", "algorithm"),
+    [
+        (runs(0, 1, 2), 1, "gather"),
+        (runs(1, 4), 1, "gather"),
+        (runs(1, 4), 1, "full"),
+        (runs(1, 4), 1, "unfold"),
+        (runs(1, 4), 1, "auto"),
+        (runs(0, 3, 4), 2, "gather"),
+        (runs(0, 3, 4), 2, "full"),
+        (runs(4), 2, "unfold"),
+        (runs(*range(6)), 1, "full"),
+    ],
+    ids=str,
+)
+def test_conv2d_weight_grad_keeps_its_contract(filters, groups: int, algorithm: str, layout, device: str):
+    x = integers(2, 4, 7, 6, device=device).to(memory_format=layout)
+    seen = x[:, 2:] if groups == 2 and algorithm == "unfold" else x
+    cotangent = integers(2, 6, 4, 6, device=device).to(memory_format=layout)
+    geometry = ((3, 2), (2, 1), (1, 1), (1, 2))
+    seen = seen.clone(memory_format=layout)
+    arguments = (cotangent, seen, filters, *geometry, groups, algorithm)
+    expected = torch.nn.grad.conv2d_weight(x, (6, 4 // groups, 3, 2), cotangent, *geometry[1:], groups)
+    grad = torch.ops.rwn_ext.conv2d_weight_grad(*arguments)
+    assert torch.equal(grad, expected[list(Subset(6, filters).indices)])
+    assert grad.is_contiguous(memory_format=layout)
+    assert all(grad.untyped_storage().data_ptr() != t.untyped_storage().data_ptr() for t in (cotangent, seen))
+    torch.library.opcheck(torch.ops.rwn_ext.conv2d_weight_grad.default, arguments)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)], ids=str)
+def test_conv2d_weight_grad_of_1x1_filters_keeps_its_contract(stride, layout, device: str):
+    x = integers(2, 4, 7, 6, device=device).to(memory_format=layout)
+    cotangent = integers(2, 6, (7 + stride[0] - 1) // stride[0], (6 + stride[1] - 1) // stride[1], device=device)
+    arguments = (cotangent, x, runs(1, 4), (1, 1), stride, (0, 0), (1, 1), 1, "matmul")
+    expected = torch.nn.grad.conv2d_weight(x, (6, 4, 1, 1), cotangent, stride)
+    assert torch.equal(torch.ops.rwn_ext.conv2d_weight_grad(*arguments), expected[[1, 4]])
+    torch.library.opcheck(torch.ops.rwn_ext.conv2d_weight_grad.default, arguments)
+
+
+def test_a_scattered_take_compiles_to_the_same(device: str):
+    x = integers(2, 7, 3, 3, device=device)
+    chosen = runs(0, 1, 3, 6)
+    assert torch.equal(ops.take(x, chosen, 1), x[:, [0, 1, 3, 6]])
+    compiled = torch.compile(lambda t: ops.take(t, chosen, 1), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), x[:, [0, 1, 3, 6]])
+
+
+def flops_of_weight_grad(layer: PartialConv2d, *size: int) -> int:
+    """All that backward does where the input needs no gradient."""
+    output = layer(torch.randn(size))
+    if not output.requires_grad:
+        return 0
+    with FlopCounterMode(display=False) as counter:
+        output.backward(torch.randn_like(output))
+    return counter.get_total_flops()
+
+
+# N, C, H, W = 2, 8, 9, 11; 3x3 filters with stride 2 and padding 1: P, Q = 5, 6
+PER_FILTER = 2 * 2 * (5 * 6) * 8 * (3 * 3)
+
+
+@pytest.mark.parametrize(
+    ("choice", "flops"),
+    [
+        ({"trainable": 0}, 0),
+        ({"trainable": 0, "trainable_bias": "all"}, 0),
+        ({"trainable": 3, "algorithm": "gather"}, 3 * PER_FILTER),
+        ({"trainable": [0, 5], "algorithm": "gather"}, 2 * PER_FILTER),
+        ({"trainable": [0, 5], "algorithm": "gather", "trainable_inputs": 2}, 2 * PER_FILTER // 4),
+        ({"trainable": [0, 5], "algorithm": "full"}, 12 * PER_FILTER),
+        ({"trainable": [0, 5], "algorithm": "unfold"}, 2 * PER_FILTER * (9 * 11) // (5 * 6)),
+        ({"trainable": 1.0}, 12 * PER_FILTER),
+        ({"trainable": [0, 5], "groups": 2, "algorithm": "gather"}, 2 * PER_FILTER // 2),
+        ({"trainable": [0, 1, 7], "groups": 4, "algorithm": "gather"}, 3 * PER_FILTER // 4),
+        ({"trainable": [0, 5], "groups": 4, "algorithm": "full"}, 6 * PER_FILTER // 4),
+    ],
+    ids=str,
+)
+def test_counted_flops_are_those_done(choice: dict, flops: int):
+    layer = PartialConv2d(8, 12, 3, stride=2, padding=1, **choice)
+    assert flops_of_weight_grad(layer, 2, 8, 9, 11) == flops
+
+
+def test_counted_flops_of_1x1_filters_are_those_done():
+    layer = PartialConv2d(8, 12, 1, stride=2, trainable=[1, 5], algorithm="matmul")
+    assert flops_of_weight_grad(layer, 2, 8, 9, 11) == 2 * 2 * (5 * 6) * 8 * 2
+
+
+def test_forward_and_grad_input_cost_what_conv2d_s_do():
+    layer, conv = PartialConv2d(8, 12, 3, stride=2, padding=1, trainable=0), torch.nn.Conv2d(8, 12, 3, 2, 1)
+    conv.requires_grad_(False)
+    counts = []
+    for module in (layer, conv):
+        x = torch.randn(2, 8, 9, 11, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            output = module(x)
+            forward = counter.get_total_flops()
+            output.backward(torch.randn_like(output))
+        counts.append((forward, counter.get_total_flops()))
+    assert counts[0] == counts[1] and counts[0][0] == 12 * PER_FILTER
