@@ -87,7 +87,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def _weight(parts: Sequence[Tensor | None], layer: Layer, stage: str) -> Tensor:
-    return ops.merge_block(*parts, layer.filters, layer.inputs, layer.dtype, stage=stage)
+    return ops.merge_block(parts, layer.filters, layer.inputs, layer.dtype, stage=stage)
 
 
 def _bias(trainable: Tensor | None, frozen: Tensor | None, layer: Layer) -> Tensor | None:

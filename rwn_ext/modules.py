@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ from rwn_ext.subsets import Subset, choose
 
 FROZEN = ("random", "zero")
 TRAINABLE_BIAS = ("with_filters", "all", "none")
+# The attributes of nn.Conv2d that say what it computes; its repr reads output_padding too.
+_GEOMETRY = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "output_padding",
+)  # fmt: skip
 
 
 class PartialConv2d(nn.Module):
@@ -56,10 +61,14 @@ class PartialConv2d(nn.Module):
     weight_frozen_inputs: nn.Parameter | None
     bias_trainable: nn.Parameter | None
     bias_frozen: nn.Parameter | None
+    in_channels: int
+    out_channels: int
     kernel_size: Pair
     stride: Pair
     padding: Pair | str
     dilation: Pair
+    groups: int
+    padding_mode: str
 
     def __init__(
         self,
@@ -71,7 +80,7 @@ class PartialConv2d(nn.Module):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -123,8 +132,9 @@ class PartialConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return partial_conv2d(
-            input, *self._parts(WEIGHT_PARTS), *self._parts(BIAS_PARTS), self.stride, self.padding, self.dilation,
-            self.padding_mode, partition=self.partition, algorithm=self.algorithm,
+            input, self.weight_trainable, self.weight_frozen, self.weight_frozen_inputs, self.bias_trainable,
+            self.bias_frozen, self.stride, self.padding, self.dilation, self.padding_mode, partition=self.partition,
+            algorithm=self.algorithm,
         )  # fmt: skip
 
     @property
@@ -237,9 +247,8 @@ class PartialConv2d(nn.Module):
         if frozen not in FROZEN:
             raise ValueError(f"frozen={frozen!r} is unknown; choose one of {', '.join(FROZEN)}")
         requested(algorithm)
-        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
-        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
-        self.groups, self.padding_mode, self.output_padding = conv.groups, conv.padding_mode, conv.output_padding
+        for name in _GEOMETRY:
+            setattr(self, name, getattr(conv, name))
         self.trainable_bias, self.frozen, self.algorithm = trainable_bias, frozen, algorithm
         self.partition = self._choose(conv.weight, trainable, trainable_inputs, select, seed)
         self._set_parts(self._split(conv.weight, conv.bias))

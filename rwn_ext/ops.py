@@ -10,7 +10,7 @@ registered op; else its implementation itself: that spares two thirds of the cos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -55,10 +55,10 @@ def merge(
 
 
 def merge_block(
-    trainable: Tensor | None, frozen: Tensor | None, frozen_inputs: Tensor | None, filters: Runs, inputs: Runs,
-    dtype: torch.dtype, *, stage: str,
-) -> Tensor:  # fmt: skip
-    """The whole (K, C / groups, R, S) weight: learned filters completed along the inputs, then along the filters."""
+    parts: Sequence[Tensor | None], filters: Runs, inputs: Runs, dtype: torch.dtype, *, stage: str
+) -> Tensor:
+    """The whole (K, C / groups, R, S) weight of its learned block, its fixed filters, the block's fixed inputs."""
+    trainable, frozen, frozen_inputs = parts
     if frozen_inputs is not None:
         trainable = merge(trainable, frozen_inputs, inputs, 1, dtype, stage=stage)
     return merge(trainable, frozen, filters, 0, dtype, stage=stage)

@@ -58,13 +58,14 @@ class Partition:
 
     def merge_weight(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """The whole weight of which these are the WEIGHT_PARTS; always a copy."""
-        return _copy(ops.merge_block(*parts, self.block.runs, self.inputs.runs, dtype, stage="forward"), parts)
+        return _copy(ops.merge_block(parts, self.block.runs, self.inputs.runs, dtype, stage="forward"), parts)
 
     def merge_bias(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
         """The whole bias of which these are the BIAS_PARTS; None without one, else always a copy."""
         if all(part is None for part in parts):
             return None
-        return _copy(ops.merge(*parts, self.bias_filters.runs, 0, dtype, stage="forward"), parts)
+        trainable, frozen = parts
+        return _copy(ops.merge(trainable, frozen, self.bias_filters.runs, 0, dtype, stage="forward"), parts)
 
 
 def _copy(whole: Tensor, parts: Sequence[Tensor | None]) -> Tensor:

@@ -187,9 +187,10 @@ def _checked_indices(values: list[Any], size: int, what: str, maybe_mask: bool) 
             raise TypeError(
                 f"{what} holds {value!r}, which is no channel index; use integers, or a mask of bools alone"
             )
+    ordered = sorted(int(value) for value in values)
+    for value in ordered:
         if not 0 <= value < size:
             raise ValueError(f"{what} holds index {value}, outside 0..{size - 1}")
-    ordered = sorted(int(value) for value in values)
     for left, right in pairwise(ordered):
         if left == right:
             raise ValueError(f"{what} holds index {left} twice")

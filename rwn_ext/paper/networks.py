@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def build(
     learn_bn: bool = True,
     dropout: float | None = None,
     seed: int | None = None,
-) -> nn.Module:
+) -> Network:
     """A network of the paper with the paper's initialisation, of which only a part is learned.
 
     Args:
@@ -58,7 +58,7 @@ def build(
     return network
 
 
-def _maker(name: str, num_classes: int, dropout: float | None) -> Callable[[], nn.Module]:
+def _maker(name: str, num_classes: int, dropout: float | None) -> Callable[[], Network]:
     wrn = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if wrn:
         depth, width = int(wrn[1]), int(wrn[2])
@@ -83,7 +83,7 @@ def _maker(name: str, num_classes: int, dropout: float | None) -> Callable[[], n
     raise ValueError(f"there is no network {name!r}; choose {NAMES}")
 
 
-def _fix(network: nn.Module, part: Any, frozen: str, only: str | None) -> None:
+def _fix(network: Network, part: Any, frozen: str, only: str | None) -> None:
     """Fixes what `part` and `only` do not let learn."""
     if only is None:
         if part is not None:
@@ -101,11 +101,18 @@ def _fix(network: nn.Module, part: Any, frozen: str, only: str | None) -> None:
     network.fc.requires_grad_(only == "fc")
 
 
-def _convolutions(network: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+def _convolutions(network: Network) -> list[tuple[str, nn.Conv2d]]:
     return [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
 
 
-class WideResNet(nn.Module):
+class Network(nn.Module):
+    """What the paper's networks share: named parts, the last of them the classifier."""
+
+    parts: ClassVar[tuple[str, ...]]
+    fc: nn.Linear
+
+
+class WideResNet(Network):
     """WRN-depth-width (Zagoruyko & Komodakis 2016), pre-activation: (N, 3, H, W) -> (N, classes)."""
 
     parts = ("conv1", "block1", "block2", "block3", "fc")
@@ -150,7 +157,7 @@ class WideUnit(nn.Module):
         return shortcut + self.conv2(y)
 
 
-class DenseNetBC(nn.Module):
+class DenseNetBC(Network):
     """DenseNet-BC (Huang et al. 2017) for small images, compression 0.5: (N, 3, H, W) -> (N, classes)."""
 
     parts = ("conv1", "block1", "block2", "block3", "fc")
@@ -215,7 +222,7 @@ _VGG_BLOCKS = {
 }
 
 
-class VGG(nn.Module):
+class VGG(Network):
     """VGG (Simonyan & Zisserman 2015) with one linear layer as its head: (N, 3, 32, 32) -> (N, classes)."""
 
     parts = ("block1", "block2", "block3", "block4", "block5", "fc")
@@ -239,7 +246,7 @@ class VGG(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class AlexNet(nn.Module):
+class AlexNet(Network):
     """AlexNet for CIFAR, without normalisation: (N, 3, 32, 32) -> (N, classes)."""
 
     parts = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc")

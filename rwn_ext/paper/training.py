@@ -91,7 +91,7 @@ class Run:
             self.history = state["history"]
         self.model.to(self.device)
         if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._check_input()
         schedule = config.schedule
         self.optimizer = torch.optim.SGD(
@@ -114,7 +114,7 @@ class Run:
         if self.ranks.size > 1:
             learner = DistributedDataParallel(learner)
         if self.config.compile:
-            learner = torch.compile(learner)
+            learner = torch.compile(learner)  # type: ignore[assignment]
         if self.ranks.first:
             self.config.out.mkdir(parents=True, exist_ok=True)
             self._write_log()
