@@ -335,6 +335,11 @@ class PartialConv2d(nn.Module):
             whole = getattr(self, name)
             if whole is not None:
                 destination[prefix + name] = whole if keep_vars else whole.detach()
+        # What else a module may hold: buffers and extra state.
+        rest: dict[str, Any] = {}
+        super()._save_to_state_dict(rest, prefix, keep_vars)
+        parts = [prefix + name for name in WEIGHT_PARTS + BIAS_PARTS]
+        destination.update({key: value for key, value in rest.items() if key not in parts})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,

@@ -87,10 +87,13 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def _algorithms(model: nn.Module, example: Tensor) -> dict[nn.Module, str]:
     planned: dict[nn.Module, str] = {}
 
-    def look(module: PartialConv2d, inputs: tuple[Tensor, ...]) -> None:
-        planned[module] = plan(module.problem(inputs[0]), requested(module.algorithm)).algorithm
+    def look(module: PartialConv2d, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        problem = module.problem(args[0] if args else kwargs["input"])
+        planned[module] = plan(problem, requested(module.algorithm)).algorithm
 
-    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, PartialConv2d)]
+    hooks = [
+        m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules() if isinstance(m, PartialConv2d)
+    ]
     training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close, dense, filled_with_integers, integers, saved_tensors
 from torch import Tensor, nn
 
-from rwn_ext import PartialConv2d
+from rwn_ext import PartialConv2d, ops
 
 LAYERS = {
     "scattered": {"trainable": [0, 2, 5]},
@@ -81,8 +81,9 @@ def test_weights_changed_between_forward_and_backward_are_noticed():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("choice", LAYERS.values(), ids=LAYERS)
-def test_without_gradients_nothing_is_kept_and_training_works_afterwards(choice: dict, mode):
-    """Index tensors first made in inference mode must not end up in a graph, hence subsets that no other test has."""
+def test_without_gradients_nothing_is_kept_and_training_works_afterwards(choice: dict, mode, monkeypatch):
+    """An index tensor first made in inference mode must not end up in a graph."""
+    monkeypatch.setattr(ops, "_INDICES", {})
     choice = {**choice, "trainable": [0, 3, 4, 7, 11]} if choice["trainable"] != 0 else choice
     layer = PartialConv2d(6, 12, 3, **{**choice, "trainable_inputs": [0, 2]})
     x = torch.randn(2, 6, 7, 7, requires_grad=True)
@@ -220,6 +221,18 @@ def test_backward_inside_autocast_is_the_same(device: str):
             grads.append(torch.autograd.grad(output, [x, layer.weight_trainable], cotangent))
     for outside, inside in zip(*grads, strict=True):
         assert torch.equal(outside, inside) and inside.dtype == torch.float32
+
+
+@pytest.mark.parametrize("algorithm", ["full", "gather", "unfold"])
+def test_backward_inside_autocast_of_a_forward_outside_stays_fp32(algorithm: str, device: str):
+    layer = PartialConv2d(4, 6, 3, trainable=[0, 2], trainable_inputs=[1], algorithm=algorithm, device=device)
+    x = torch.randn(2, 4, 8, 9, device=device, requires_grad=True)
+    output = layer(x)
+    cotangent, leaves = torch.randn_like(output), [x, layer.weight_trainable, layer.bias_trainable]
+    expected = torch.autograd.grad(output, leaves, cotangent, retain_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        inside = torch.autograd.grad(output, leaves, cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))
 
 
 def test_a_frozen_part_in_bf16_beside_a_learned_part_in_fp32(device: str):

@@ -14,6 +14,7 @@ from torch.nn.utils.prune import l1_unstructured
 
 import rwn_ext
 from rwn_ext import PartialConv2d, convert, restore, set_subsets_, subsets
+from rwn_ext.report import describe
 
 
 class Block(nn.Module):
@@ -323,6 +324,18 @@ def test_reports(capsys: pytest.CaptureFixture[str]):
     assert not model.layer1.bn1.training and model.layer2.bn1.training and model.training
     assert all(torch.equal(value, running[key]) for key, value in model.state_dict().items() if "running" in key)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_report_of_a_model_that_calls_by_keyword():
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    assert "gather" in describe(convert(Wrapper(), trainable=1), torch.randn(1, 3, 5, 5))
 
 
 class TestSubsets:

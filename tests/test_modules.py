@@ -293,6 +293,25 @@ class TestStateDict:
         assert same(ours, theirs)
         assert list(ours.state_dict())[:3] == ["0.0.weight", "0.0.bias", "1.weight"]
 
+    def test_buffers_and_extra_state_are_there_too(self):
+        class Counting(PartialConv2d):
+            steps = 0
+
+            def get_extra_state(self) -> int:
+                return self.steps
+
+            def set_extra_state(self, steps: int) -> None:
+                self.steps = steps
+
+        layers = [Counting(3, 6, 2, trainable=2) for _ in range(2)]
+        for steps, layer in enumerate(layers, 3):
+            layer.steps = steps
+            layer.register_buffer("seen", torch.full((2,), float(steps)))
+        assert list(layers[0].state_dict()) == ["weight", "bias", "seen", "_extra_state"]
+        layers[0].load_state_dict(layers[1].state_dict())
+        assert layers[0].steps == 4 and torch.equal(layers[0].seen, layers[1].seen)
+        assert torch.equal(layers[0].weight, layers[1].weight)
+
     def test_keep_vars(self):
         layer = layer_of(CHOICES["block"])
         assert layer.state_dict(keep_vars=True)["weight"].requires_grad

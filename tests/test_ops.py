@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import integers
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rwn_ext import PartialConv2d, ops
@@ -75,6 +76,46 @@ def test_conv2d_weight_grad_of_1x1_filters_keeps_its_contract(stride, layout, de
     expected = torch.nn.grad.conv2d_weight(x, (6, 4, 1, 1), cotangent, stride)
     assert torch.equal(torch.ops.rwn_ext.conv2d_weight_grad(*arguments), expected[[1, 4]])
     torch.library.opcheck(torch.ops.rwn_ext.conv2d_weight_grad.default, arguments)
+
+
+class Made(TorchDispatchMode):
+    """The bytes of every tensor that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        held = {t.untyped_storage().data_ptr() for t in args if torch.is_tensor(t)}
+        for t in result if isinstance(result, tuple) else (result,):
+            if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in held:
+                self.bytes.append(t.untyped_storage().nbytes())
+        return result
+
+
+@LAYOUTS
+def test_gather_makes_nothing_larger_than_the_learned_part(layout):
+    """No dummy of a whole weight, no whole weight gradient, no copy of the input."""
+    x = torch.randn(2, 4, 7, 6).to(memory_format=layout)
+    cotangent = torch.randn(2, 64, 7, 6).to(memory_format=layout)
+    with Made() as made:
+        ops.conv2d_weight_grad(cotangent, x, runs(3, 50), (3, 3), (1, 1), (1, 1), (1, 1), 1, "gather")
+    gathered, learned, one = 2 * 2 * 7 * 6 * 4, 2 * 4 * 3 * 3 * 4, 4
+    # Scattered channels of a channels_last tensor are gathered, then laid out as the library wants them.
+    copies = 2 if layout == torch.channels_last else 1
+    assert sum(made.bytes) <= copies * gathered + learned + one
+
+
+def test_grad_input_makes_no_dummy_of_the_input(device: str):
+    """Beside grad_input and the merged weight, backward makes nothing of a noticeable size."""
+    layer = PartialConv2d(8, 8, 3, padding=1, trainable=[1, 3], trainable_inputs=[0], bias=False, device=device)
+    x = torch.randn(2, 8, 16, 16, device=device, requires_grad=True)
+    output = layer(x)
+    cotangent = torch.randn_like(output)
+    with Made() as made:
+        torch.autograd.grad(output, x, cotangent)
+    assert sum(size >= x.numel() * 4 for size in made.bytes) == 1
 
 
 def test_a_scattered_take_compiles_to_the_same(device: str):
