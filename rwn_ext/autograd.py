@@ -54,7 +54,6 @@ class PartialConv2dFunction(torch.autograd.Function):
         seen = input if seen is None else seen
         ctx.save_for_backward(*(weights if needs_input else (None, None, None)), seen if needs_weight else None)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
-        ctx.parameter_dtypes = [None if part is None else part.dtype for part in (weight_trainable, bias_trainable)]
         return torch.convolution(
             input, _weight(weights, layer, "forward"), _bias(bias_trainable, bias_frozen, layer),
             layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups,
@@ -64,7 +63,6 @@ class PartialConv2dFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         layer: Layer = ctx.layer
         *weights, seen = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.parameter_dtypes
         grad_input = grad_weight = grad_bias = None
         with without_autocast(grad_output.device.type):
             if ctx.needs_input_grad[0]:
@@ -73,9 +71,9 @@ class PartialConv2dFunction(torch.autograd.Function):
                 grad_weight = ops.conv2d_weight_grad(
                     grad_output, seen, layer.filters, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
                     layer.groups, layer.algorithm,
-                ).to(weight_dtype)  # fmt: skip
+                )  # fmt: skip
             if ctx.needs_input_grad[5]:
-                grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3)).to(bias_dtype)
+                grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))
         return grad_input, None, grad_weight, None, None, grad_bias, None, None
 
 

@@ -100,7 +100,7 @@ def _settle(
         partition.block.runs, partition.inputs.runs, partition.bias_filters.runs, kernel_size, stride, padding,
         dilation, partition.groups, input.dtype, planner.requested(algorithm),
     )  # fmt: skip
-    if layer.algorithm != "auto" and not torch.compiler.is_compiling():
+    if layer.algorithm != "auto":
         # Raises here, not in the middle of a backward pass, what cannot be computed as asked.
         planner.plan(_problem(input, layer, partition), layer.algorithm)
     return input, layer

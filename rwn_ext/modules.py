@@ -369,5 +369,7 @@ class PartialConv2d(nn.Module):
                 own.update({prefix + part: value for part, value in split(whole).items() if value is not None})
         missing: list[str] = []
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        wholes = dict.fromkeys(key.removeprefix(prefix).split("_")[0] for key in missing)
+        whole_of = dict.fromkeys(WEIGHT_PARTS, "weight") | dict.fromkeys(BIAS_PARTS, "bias")
+        names = [key.removeprefix(prefix) for key in missing]
+        wholes = dict.fromkeys(whole_of.get(name, name) for name in names)
         missing_keys += [prefix + name for name in wholes if name not in refused]

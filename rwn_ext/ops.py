@@ -108,9 +108,14 @@ def copy_channels(input: Tensor, channels: Runs) -> Tensor:
     """A compact copy of these channels of an (N, C, H, W) input, in its memory format. Differentiable."""
     if len(channels) == 2:
         return take(input, channels, 1).clone(memory_format=memory_format(input))
-    if memory_format(input) == torch.channels_last:
-        return take(input.permute(0, 2, 3, 1), channels, 3).permute(0, 3, 1, 2)
-    return take(input, channels, 1)
+    return _gather_channels(input, channels, memory_format(input))
+
+
+def _gather_channels(tensor: Tensor, channels: Runs, layout: torch.memory_format) -> Tensor:
+    """These channels of an (N, C, H, W) tensor, dense in this memory format; a view where that is one already."""
+    if len(channels) > 2 and layout == torch.channels_last:
+        return take(tensor.permute(0, 2, 3, 1), channels, 3).permute(0, 3, 1, 2)
+    return take(tensor, channels, 1).contiguous(memory_format=layout)
 
 
 @lru_cache(maxsize=4096)
@@ -272,11 +277,11 @@ def _candidates(filters: Runs, out_channels: int, groups: int) -> tuple[Runs, Ru
 
 def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
     """The library's weight gradient of the learned filters alone, one call a class of groups."""
-    classes = _group_classes(filters, grad_output.size(1), groups)
+    classes, layout = _group_classes(filters, grad_output.size(1), groups), memory_format(input)
     parts = [
         _library_weight_grad(
-            take(grad_output, members.filters, 1),
-            take(input, _scaled(members.groups, p.channels // p.groups), 1),
+            _gather_channels(grad_output, members.filters, layout),
+            _gather_channels(input, _scaled(members.groups, p.channels // p.groups), layout),
             p,
             run_length(members.groups),
         )

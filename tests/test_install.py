@@ -1,5 +1,6 @@
 """What a user types first: the package installs, plainly and editable, and its programs start from anywhere."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -12,14 +13,15 @@ PROBE = "import rwn_ext, rwn_ext.paper.networks; print(rwn_ext.__file__)"
 
 
 def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("options", [(), ("--editable",)], ids=["plain", "editable"])
 def test_package_installs_under_build_isolation(tmp_path, options):
-    """In a fresh environment that borrows torch; what the build needs comes from the index, and torch is not of it."""
+    """Into an environment that borrows all but the package; the build fetches what it needs, and torch is not of it."""
     clone, venv = tmp_path / "clone", tmp_path / "venv"
     tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     for name in tracked:
@@ -29,8 +31,12 @@ def test_package_installs_under_build_isolation(tmp_path, options):
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     python = venv / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    # After the environment's own packages and the editable hook in the order of names.
-    (site / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    borrowed = tmp_path / "borrowed"
+    borrowed.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "rwn_ext" not in entry.name:
+            (borrowed / entry.name).symlink_to(entry)
+    (site / "borrowed.pth").write_text(f"{borrowed}\n")
     output = run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", *options, clone, cwd=tmp_path)
     assert "torch" not in output
     place = Path(run(python, "-c", PROBE, cwd=tmp_path).strip())

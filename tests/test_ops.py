@@ -100,11 +100,10 @@ def test_gather_makes_nothing_larger_than_the_learned_part(layout):
     x = torch.randn(2, 4, 7, 6).to(memory_format=layout)
     cotangent = torch.randn(2, 64, 7, 6).to(memory_format=layout)
     with Made() as made:
-        ops.conv2d_weight_grad(cotangent, x, runs(3, 50), (3, 3), (1, 1), (1, 1), (1, 1), 1, "gather")
+        # The implementation itself: a dispatch mode would see the op as one.
+        ops._weight_grad(cotangent, x, runs(3, 50), (3, 3), (1, 1), (1, 1), (1, 1), 1, "gather")
     gathered, learned, one = 2 * 2 * 7 * 6 * 4, 2 * 4 * 3 * 3 * 4, 4
-    # Scattered channels of a channels_last tensor are gathered, then laid out as the library wants them.
-    copies = 2 if layout == torch.channels_last else 1
-    assert sum(made.bytes) <= copies * gathered + learned + one
+    assert gathered + learned <= sum(made.bytes) <= gathered + learned + one
 
 
 def test_grad_input_makes_no_dummy_of_the_input(device: str):
