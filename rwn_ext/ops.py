@@ -118,7 +118,6 @@ def _gather_channels(tensor: Tensor, channels: Runs, layout: torch.memory_format
     return take(tensor, channels, 1).contiguous(memory_format=layout)
 
 
-@lru_cache(maxsize=4096)
 def problem(
     input_size: tuple[int, ...], out_channels: int, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
     dilation: Pair, groups: int, device: str, layout: torch.memory_format,
@@ -161,15 +160,16 @@ def _index(runs: Runs, device: torch.device) -> Tensor:
 
 
 def _merge(learned: Tensor, fixed: Tensor, runs: Runs, axis: int, dtype: torch.dtype, stage: str) -> Tensor:
-    learned, fixed = learned.to(dtype), fixed.to(dtype)
+    if learned.dtype != dtype or fixed.dtype != dtype:
+        learned, fixed = learned.to(dtype), fixed.to(dtype)
     if len(runs) == 2:
-        before, after = runs[0], fixed.size(axis) - runs[0]
-        if after == 0:
+        before, size = runs[0], fixed.size(axis)
+        if before == size:
             parts = [fixed, learned]
         elif before == 0:
             parts = [learned, fixed]
         else:
-            parts = [fixed.narrow(axis, 0, before), learned, fixed.narrow(axis, before, after)]
+            parts = [fixed.narrow(axis, 0, before), learned, fixed.narrow(axis, before, size - before)]
         return torch.cat(parts, axis).contiguous(memory_format=memory_format(fixed))
     whole = _empty_whole(learned, fixed, axis)
     others = Subset(whole.size(axis), tuple(runs)).complement.runs
@@ -198,12 +198,19 @@ def _weight_grad(
     dilation: Pair, groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
     filters, layout = tuple(filters), memory_format(input)
-    task = problem(
+    task, implementation = _planned(
         input.shape, grad_output.size(1), filters, tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation),
-        groups, input.device.type, layout,
+        groups, input.device.type, layout, algorithm,
     )  # fmt: skip
-    implementation = _ALGORITHMS[plan(task, algorithm).algorithm]
     return implementation(grad_output, input, filters, task, groups).contiguous(memory_format=layout)
+
+
+@lru_cache(maxsize=4096)
+def _planned(*arguments: Any) -> tuple[Problem, Callable[[Tensor, Tensor, Runs, Problem, int], Tensor]]:
+    """The problem of these arguments and the implementation of its plan, in one look-up."""
+    *geometry, algorithm = arguments
+    task = problem(*geometry)
+    return task, _ALGORITHMS[plan(task, algorithm).algorithm]
 
 
 torch.library.impl("rwn_ext::conv2d_weight_grad", "CompositeExplicitAutograd", _weight_grad)
@@ -262,7 +269,7 @@ def _scaled(runs: Runs, factor: int) -> Runs:
 def _full(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
     """The library's weight gradient of every filter in the touched groups, then the learned ones of it."""
     candidates, rows = _candidates(filters, grad_output.size(1), groups)
-    whole = _library_weight_grad(take(grad_output, candidates, 1), input, p, p.groups)
+    whole = _library_weight_grad(_gather_channels(grad_output, candidates, memory_format(input)), input, p, p.groups)
     # A copy: a view would keep the whole gradient alive for as long as the learned part of it.
     return take(whole, rows, 0).clone()
 
@@ -297,14 +304,11 @@ def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, group
 
 def _library_weight_grad(grad_output: Tensor, input: Tensor, p: Problem, groups: int) -> Tensor:
     """The weight gradient as cuDNN or oneDNN computes it, of all the filters of this `grad_output`."""
-    layout = memory_format(input)
-    shape = (grad_output.size(1), input.size(1) // groups, *p.kernel_size)
     # Only the sizes of the weight are looked at: one element stands for all.
-    weight = input.new_empty(()).expand(shape)
-    return torch.ops.aten.convolution_backward(
-        grad_output.contiguous(memory_format=layout), input, weight, None, p.stride, p.padding, p.dilation,
-        False, (0, 0), groups, (False, True, False),
-    )[1]  # fmt: skip
+    weight = input.new_empty(()).expand(grad_output.size(1), input.size(1) // groups, *p.kernel_size)
+    return torch.ops.aten.convolution_backward.default(
+        grad_output, input, weight, None, p.stride, p.padding, p.dilation, False, (0, 0), groups, (False, True, False)
+    )[1]
 
 
 def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:

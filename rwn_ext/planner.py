@@ -106,11 +106,13 @@ def _obstacle(p: Problem, algorithm: str) -> str | None:
     return None
 
 
-# The CPU's limits were measured (bench/bench_layers.py; float32, channels_last): unfolding wins for few filters on
-# deep inputs, and an unaligned Kt costs the library nothing next to selecting from the whole gradient.
+# The CPU's limits were measured (bench/bench_layers.py; float32): unfolding wins for few filters on deep channels_last
+# inputs; oneDNN computes filters in blocks of 16, so a block saved is a gain and less is none.
 CPU_UNFOLD_COLUMNS = 60
-CPU_UNFOLD_CHANNELS = 48
-FULL_SHARE = {"cpu": 0.9, "cuda": 0.45}
+CPU_UNFOLD_CHANNELS = 64
+CPU_FILTER_BLOCK = 16
+# Not measured on a GPU: the share from which cuDNN's whole gradient is expected to win.
+GPU_FULL_SHARE = 0.45
 
 
 def _heuristic(p: Problem) -> Plan:
@@ -118,11 +120,15 @@ def _heuristic(p: Problem) -> Plan:
     if p.learned == 0:
         return Plan("none", "no filter is learned")
     share = p.learned / p.filters
-    if share >= FULL_SHARE.get(p.device, 0.45):
-        return Plan("full", f"{share:.0%} of the filters are learned")
+    if p.device != "cpu":
+        if share >= GPU_FULL_SHARE:
+            return Plan("full", f"{share:.0%} of the filters are learned")
+        return Plan("gather", f"{share:.0%} of the filters are learned")
+    blocks, all_blocks = (-(-count // p.groups // CPU_FILTER_BLOCK) for count in (p.learned, p.filters))
+    if blocks == all_blocks:
+        return Plan("full", f"the learned filters fill as many blocks of {CPU_FILTER_BLOCK} as all do, {blocks}")
     if (
-        p.device == "cpu"
-        and p.channels_last
+        p.channels_last
         and p.groups == 1
         and p.stride == (1, 1)
         and r * s > 1
@@ -130,4 +136,4 @@ def _heuristic(p: Problem) -> Plan:
         and p.channels >= CPU_UNFOLD_CHANNELS
     ):
         return Plan("unfold", f"R*S*Kt = {r * s * p.learned} columns against {p.channels} input channels")
-    return Plan("gather", f"{share:.0%} of the filters are learned, too many to unfold or a shape that does not gain")
+    return Plan("gather", f"{share:.0%} of the filters are learned, too many to unfold or a shape that gains nothing")
