@@ -65,7 +65,7 @@ def requested(algorithm: str | None) -> str:
     """What the call asks for, else what RWN_EXT_ALGORITHM asks for, else "auto"; ValueError for an unknown name."""
     source = "algorithm"
     if algorithm is None:
-        algorithm, source = os.environ.get("RWN_EXT_ALGORITHM") or "auto", "RWN_EXT_ALGORITHM"
+        algorithm, source = os.environ.get("RWN_EXT_ALGORITHM", "auto"), "RWN_EXT_ALGORITHM"
     if algorithm != "auto" and algorithm not in ALGORITHMS:
         raise ValueError(f"{source}={algorithm!r} is unknown; choose auto, {', '.join(ALGORITHMS)}")
     return algorithm
