@@ -319,7 +319,7 @@ def test_reports(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith(("stem", "layer"))}
     assert [rows[name][-1] for name in ["layer", *CONVS]] == [
-        "algorithm", "gather", "none", "full", "full", "gather", "full", "full",
+        "algorithm", "full", "none", "full", "full", "full", "full", "full",
     ]  # fmt: skip
     assert not model.layer1.bn1.training and model.layer2.bn1.training and model.training
     assert all(torch.equal(value, running[key]) for key, value in model.state_dict().items() if "running" in key)
@@ -330,7 +330,7 @@ def test_a_report_of_a_model_that_calls_by_keyword():
     class Wrapper(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
+            self.conv = nn.Conv2d(3, 32, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(input=x)
