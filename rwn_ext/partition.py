@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,7 +36,14 @@ class Partition:
         object.__setattr__(self, "block", block)
         object.__setattr__(self, "seen", seen)
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.filters, self.inputs, self.bias_filters, self.groups))
+
+    @cached_property
     def in_channels(self) -> int:
         return self.inputs.size * self.groups
 
@@ -58,14 +66,14 @@ class Partition:
 
     def merge_weight(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """The whole weight of which these are the WEIGHT_PARTS; always a copy."""
-        return _copy(ops.merge_block(parts, self.block.runs, self.inputs.runs, dtype, stage="forward"), parts)
+        return _copy(ops.merge_block(parts, self.block.runs, self.inputs.runs, dtype), parts)
 
     def merge_bias(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
         """The whole bias of which these are the BIAS_PARTS; None without one, else always a copy."""
         if all(part is None for part in parts):
             return None
         trainable, frozen = parts
-        return _copy(ops.merge(trainable, frozen, self.bias_filters.runs, 0, dtype, stage="forward"), parts)
+        return _copy(ops.merge(trainable, frozen, self.bias_filters.runs, 0, dtype), parts)
 
 
 def _copy(whole: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
