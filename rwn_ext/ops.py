@@ -87,6 +87,9 @@ def conv2d_weight_grad(
     the channels that `seen_channels` names: those of the groups that hold a learned filter. `groups` counts all groups.
     The result is channels_last where the input is.
     """
+    if transformed():
+        # The others look at strides and view memory in ways that vmap does not follow.
+        return _weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, "full")
     function = torch.ops.rwn_ext.conv2d_weight_grad if _watched() else _weight_grad
     return function(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm)
 
@@ -182,7 +185,12 @@ def problem(
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last for a tensor that is dense in NHWC order and in no other, else contiguous."""
-    if tensor.dim() != 4 or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+    if (
+        transformed()
+        or tensor.dim() != 4
+        or tensor.is_contiguous()
+        or not tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
         return torch.contiguous_format
     return torch.channels_last
 
@@ -407,7 +415,9 @@ def _unfold(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, group
     bottom = p.height + p.padding[0] - spread.size(1)
     right = p.width + p.padding[1] - spread.size(2)
     padded = F.pad(spread, (0, 0, left, right, top, bottom))  # (N, H + (R-1)d, W + (S-1)d, Kt)
-    taps = padded.unfold(1, (r - 1) * dh + 1, 1).unfold(2, (s - 1) * dw + 1, 1)[..., ::dh, ::dw]
+    taps = padded.unfold(1, (r - 1) * dh + 1, 1).unfold(2, (s - 1) * dw + 1, 1)
+    if p.dilation != (1, 1):
+        taps = taps[..., ::dh, ::dw]
     columns = taps.permute(0, 1, 2, 4, 5, 3).reshape(-1, r * s * p.learned)  # (N*H*W, R*S*Kt), taps reversed
     product = _pixels(input).t() @ columns  # (C, R*S*Kt)
     return product.view(p.channels, r, s, p.learned).flip(1, 2).permute(3, 0, 1, 2)
