@@ -114,6 +114,10 @@ def _make_layer(
     partition: Partition, kernel_size: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair,
     padding_mode: str, algorithm: str,
 ) -> Layer:  # fmt: skip
+    if len(kernel_size) != 2:
+        raise RuntimeError(
+            f"expected a weight of shape (K, C / groups, R, S), got filters of size {tuple(kernel_size)}"
+        )
     if padding == "same":
         if stride != (1, 1):
             raise RuntimeError("padding='same' is not supported for strided convolutions")

@@ -31,6 +31,8 @@ class Partition:
     """The input channels that learned weights see: all that their gradient needs of the input."""
 
     def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"groups={self.groups} is no count of groups; it must be 1 or more")
         block = Subset.empty(self.filters.size) if self.inputs.is_empty else self.filters
         seen = ops.seen_channels(self.in_channels, self.filters.size, self.groups, block.runs, self.inputs.runs)
         object.__setattr__(self, "block", block)
