@@ -14,18 +14,20 @@ from rwn_ext.ops import Pair, Runs
 
 
 class Layer(NamedTuple):
-    """The constants of one call."""
+    """What all calls of one layer have in common."""
 
     filters: Runs  # learned, of the weight's K; () where the learned block is empty
     inputs: Runs  # learned, of the weight's C / groups
     bias: Runs  # learned, of the bias's K
     kernel_size: Pair
     stride: Pair
-    padding: Pair
+    padding: Pair  # zeros that the convolution itself adds
     dilation: Pair
     groups: int
-    dtype: torch.dtype  # of the computation; parameters are cast to it
     algorithm: str
+    seen: Runs | None = None  # the input channels that the learned weights see; None where they see all
+    border: tuple[int, ...] | None = None  # what F.pad adds before
+    border_mode: str = "constant"
 
 
 class PartialConv2dFunction(torch.autograd.Function):
@@ -34,7 +36,7 @@ class PartialConv2dFunction(torch.autograd.Function):
     Kept for backward: the parameters the weight is merged from, if the input needs a gradient; `seen`, if the learned
     weights need one. `seen` is a compact copy of the channels that the learned weights see, or None where that is the
     input itself; it is an argument, not made in here, so that double backward reaches it. The merged weight is made
-    again in backward.
+    again in backward. All is computed in the input's type.
     """
 
     @staticmethod
@@ -49,61 +51,65 @@ class PartialConv2dFunction(torch.autograd.Function):
         bias_frozen: Tensor | None,
         layer: Layer,
     ) -> Tensor:
-        needs_input, _, needs_weight = ctx.needs_input_grad[:3]
+        needs_input, _, needs_weight, *_ = ctx.needs_input_grad
         weights = (weight_trainable, weight_frozen, weight_frozen_inputs)
-        seen = input if seen is None else seen
-        ctx.save_for_backward(*(weights if needs_input else (None, None, None)), seen if needs_weight else None)
+        kept = (input if seen is None else seen) if needs_weight else None
+        ctx.save_for_backward(*(weights if needs_input else (None, None, None)), kept)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
         return torch.convolution(
-            input, _weight(weights, layer, "forward"), _bias(bias_trainable, bias_frozen, layer),
-            layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups,
+            input, merged_weight(weights, layer, input.dtype, "forward"),
+            merged_bias(bias_trainable, bias_frozen, layer, input.dtype, "forward"), layer.stride, layer.padding,
+            layer.dilation, False, (0, 0), layer.groups,
         )  # fmt: skip
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         layer: Layer = ctx.layer
+        needs_input, _, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
         *weights, seen = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
-        with without_autocast(grad_output.device.type):
-            if ctx.needs_input_grad[0]:
-                grad_input = _grad_input(grad_output, _weight(weights, layer, "backward"), layer, ctx.input_size)
-            if ctx.needs_input_grad[2]:
-                grad_weight = ops.conv2d_weight_grad(
-                    grad_output, seen, layer.filters, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                    layer.groups, layer.algorithm,
-                )  # fmt: skip
-            if ctx.needs_input_grad[5]:
+        geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+        with without_autocast(grad_output):
+            if needs_input:
+                weight = merged_weight(weights, layer, grad_output.dtype, "backward")
+                if needs_weight and layer.seen is None:
+                    grad_input, grad_weight = ops.conv2d_grads(
+                        grad_output, seen, weight, layer.filters, *geometry, layer.algorithm
+                    )
+                else:
+                    grad_input = ops.conv2d_input_grad(grad_output, weight, ctx.input_size, *geometry)
+            if needs_weight and grad_weight is None:
+                grad_weight = ops.conv2d_weight_grad(grad_output, seen, layer.filters, *geometry, layer.algorithm)
+            if needs_bias:
                 grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))
         return grad_input, None, grad_weight, None, None, grad_bias, None, None
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off: the types of one convolution are settled before it."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+def merged_weight(parts: Sequence[Tensor | None], layer: Layer, dtype: torch.dtype, stage: str | None = None) -> Tensor:
+    """The whole weight."""
+    return ops.merge_block(parts, layer.filters, layer.inputs, dtype, stage=stage)
 
 
-def _weight(parts: Sequence[Tensor | None], layer: Layer, stage: str) -> Tensor:
-    return ops.merge_block(parts, layer.filters, layer.inputs, layer.dtype, stage=stage)
-
-
-def _bias(trainable: Tensor | None, frozen: Tensor | None, layer: Layer) -> Tensor | None:
+def merged_bias(
+    trainable: Tensor | None, frozen: Tensor | None, layer: Layer, dtype: torch.dtype, stage: str | None = None
+) -> Tensor | None:
+    """The whole bias, None where there is none."""
     if trainable is None and frozen is None:
         return None
-    return ops.merge(trainable, frozen, layer.bias, 0, layer.dtype, stage="forward")
+    return ops.merge(trainable, frozen, layer.bias, 0, dtype, stage=stage)
 
 
-def _grad_input(grad_output: Tensor, weight: Tensor, layer: Layer, input_size: Any) -> Tensor:
-    """The transposed convolution: `aten.convolution_backward` would want the input, or make a full-size dummy of it."""
-    output_padding = [
-        input_size[i]
-        - (grad_output.size(2 + i) - 1) * layer.stride[i]
-        + 2 * layer.padding[i]
-        - layer.dilation[i] * (layer.kernel_size[i] - 1)
-        - 1
-        for i in (0, 1)
-    ]
-    return torch.convolution(
-        grad_output, weight, None, layer.stride, layer.padding, layer.dilation, True, output_padding, layer.groups
-    )
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for this tensor's kind of device."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off: the types of one convolution are settled before it."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else _NOTHING

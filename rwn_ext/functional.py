@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rwn_ext import ops, planner
-from rwn_ext.autograd import Layer, PartialConv2dFunction, without_autocast
+from rwn_ext.autograd import Layer, PartialConv2dFunction, autocasts, merged_bias, merged_weight, without_autocast
 from rwn_ext.ops import Pair
 from rwn_ext.partition import Partition
 
@@ -47,22 +50,18 @@ def partial_conv2d(
     example = weight_frozen if weight_trainable is None else weight_trainable
     if example is None:
         raise ValueError("partial_conv2d needs weight_trainable, weight_frozen or both")
-    batched, layer = _settle(
-        input, (example.size(2), example.size(3)), stride, padding, dilation, padding_mode, partition, algorithm,
-        example.dtype,
-    )  # fmt: skip
+    layer = _layer(partition, example.shape[2:], stride, padding, dilation, padding_mode, algorithm)
+    batched = _settled(input, layer, partition, example.dtype)
+    weights, biases = (weight_trainable, weight_frozen, weight_frozen_inputs), (bias_trainable, bias_frozen)
     learned = weight_trainable is not None and weight_trainable.requires_grad
     everything = learned and weight_frozen is None and weight_frozen_inputs is None
-    if everything and layer.algorithm in ("auto", "full") and (bias_trainable is None or bias_frozen is None):
-        # An ordinary convolution, for which nothing beats the ordinary way.
-        bias = bias_frozen if bias_trainable is None else bias_trainable
-        output = F.conv2d(batched, example, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-    else:
-        seen = _seen_copy(batched, partition) if learned and torch.is_grad_enabled() else None
-        with without_autocast(batched.device.type):
-            output = PartialConv2dFunction.apply(
-                batched, seen, weight_trainable, weight_frozen, weight_frozen_inputs, bias_trainable, bias_frozen, layer
-            )
+    with without_autocast(batched):
+        if ops.transformed() or (everything and layer.algorithm in ("auto", "full")):
+            output = _plain_conv2d(batched, weights, biases, layer)
+        else:
+            copied = layer.seen is not None and learned and torch.is_grad_enabled()
+            seen = ops.copy_channels(batched, partition.seen) if copied else None
+            output = PartialConv2dFunction.apply(batched, seen, *weights, *biases, layer)
     return output.squeeze(0) if input.dim() == 3 else output
 
 
@@ -77,72 +76,96 @@ def weight_grad_problem(
     partition: Partition,
 ) -> planner.Problem:
     """The weight gradient that `partial_conv2d` leaves to backward for these arguments, as the planner sees it."""
-    batched, layer = _settle(
-        input, kernel_size, stride, padding, dilation, padding_mode, partition, "auto", input.dtype
+    layer = _layer(partition, kernel_size, stride, padding, dilation, padding_mode, "auto")
+    return _problem(_settled(input, layer, partition, input.dtype), layer, partition)
+
+
+def _plain_conv2d(
+    input: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], layer: Layer
+) -> Tensor:
+    """In operations that PyTorch differentiates in every way; nothing beats them where everything is learned."""
+    (weight_trainable, *weights_frozen), (bias_trainable, bias_frozen) = weights, biases
+    weight = merged_weight((weight_trainable, *map(_constant, weights_frozen)), layer, input.dtype)
+    bias = merged_bias(bias_trainable, _constant(bias_frozen), layer, input.dtype)
+    return F.conv2d(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def _constant(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.detach()
+
+
+def _layer(
+    partition: Partition, kernel_size: Sequence[int], stride: int | Pair, padding: int | Pair | str,
+    dilation: int | Pair, padding_mode: str, algorithm: str | None,
+) -> Layer:  # fmt: skip
+    """The constants of the call, looked up where nobody traces it."""
+    make = _make_layer if torch.compiler.is_compiling() else _known_layer
+    padding = padding if isinstance(padding, str) else _pair(padding)
+    return make(
+        partition, kernel_size, _pair(stride), padding, _pair(dilation), padding_mode, planner.requested(algorithm)
     )
-    return _problem(batched, layer, partition)
-
-
-def _settle(
-    input: Tensor, kernel_size: Pair, stride: int | Pair, padding: int | Pair | str, dilation: int | Pair,
-    padding_mode: str, partition: Partition, algorithm: str | None, dtype: torch.dtype,
-) -> tuple[Tensor, Layer]:  # fmt: skip
-    """The batched, padded, cast input of the convolution proper, and its constants."""
-    in_channels = partition.in_channels
-    if input.dim() not in (3, 4) or input.size(-3) != in_channels:
-        raise RuntimeError(
-            f"expected an input of shape (N, {in_channels}, H, W) or ({in_channels}, H, W), got {tuple(input.shape)}"
-        )
-    stride, dilation = _pair(stride), _pair(dilation)
-    input, padding = _padded(input, kernel_size, stride, padding, dilation, padding_mode)
-    input = _cast(input.unsqueeze(0) if input.dim() == 3 else input, dtype)
-    layer = Layer(
-        partition.block.runs, partition.inputs.runs, partition.bias_filters.runs, kernel_size, stride, padding,
-        dilation, partition.groups, input.dtype, planner.requested(algorithm),
-    )  # fmt: skip
-    if layer.algorithm != "auto":
-        # Raises here, not in the middle of a backward pass, what cannot be computed as asked.
-        planner.plan(_problem(input, layer, partition), layer.algorithm)
-    return input, layer
 
 
 def _pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _padded(
-    input: Tensor, kernel_size: Pair, stride: Pair, padding: int | Pair | str, dilation: Pair, padding_mode: str
-) -> tuple[Tensor, Pair]:
-    """The input, padded as far as the convolution itself cannot, and the padding left to the convolution."""
+def _make_layer(
+    partition: Partition, kernel_size: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair,
+    padding_mode: str, algorithm: str,
+) -> Layer:  # fmt: skip
+    if len(kernel_size) != 2:
+        raise RuntimeError(
+            f"expected a weight of shape (K, C / groups, R, S), got filters of size {tuple(kernel_size)}"
+        )
     if padding == "same":
         if stride != (1, 1):
             raise RuntimeError("padding='same' is not supported for strided convolutions")
         totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
-        before, after = [t // 2 for t in totals], [t - t // 2 for t in totals]
-    elif isinstance(padding, str) and padding != "valid":
-        raise ValueError(f"padding={padding!r} is no padding; give a number, a pair, 'same' or 'valid'")
+        before, after = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
+    elif isinstance(padding, str):
+        if padding != "valid":
+            raise ValueError(f"padding={padding!r} is no padding; give a number, a pair, 'same' or 'valid'")
+        before = after = (0, 0)
     else:
-        before = after = list(_pair(0 if isinstance(padding, str) else padding))
-    if padding_mode == "zeros" and before == after:
-        return input, (before[0], before[1])
-    mode = "constant" if padding_mode == "zeros" else padding_mode
-    return F.pad(input, (before[1], after[1], before[0], after[0]), mode=mode), (0, 0)
+        before = after = padding
+    border = None
+    if padding_mode != "zeros" or before != after:
+        border, before = (before[1], after[1], before[0], after[0]), (0, 0)
+    return Layer(
+        partition.block.runs, partition.inputs.runs, partition.bias_filters.runs, (kernel_size[0], kernel_size[1]),
+        stride, (before[0], before[1]), dilation, partition.groups, algorithm,
+        seen=None if partition.seen == (0, partition.in_channels) else partition.seen,
+        border=border, border_mode="constant" if padding_mode == "zeros" else padding_mode,
+    )  # fmt: skip
+
+
+_known_layer = lru_cache(maxsize=4096)(_make_layer)
+
+
+def _settled(input: Tensor, layer: Layer, partition: Partition, dtype: torch.dtype) -> Tensor:
+    """The batched, padded, cast input of the convolution proper."""
+    dimensions, channels = input.dim(), partition.in_channels
+    if dimensions not in (3, 4) or input.size(-3) != channels:
+        raise RuntimeError(
+            f"expected an input of shape (N, {channels}, H, W) or ({channels}, H, W), got {tuple(input.shape)}"
+        )
+    if layer.border is not None:
+        input = F.pad(input, layer.border, mode=layer.border_mode)
+    input = _cast(input.unsqueeze(0) if dimensions == 3 else input, dtype)
+    if layer.algorithm != "auto":
+        # Raises here, not in the middle of a backward pass, what cannot be computed as asked.
+        planner.plan(_problem(input, layer, partition), layer.algorithm)
+    return input
 
 
 def _cast(input: Tensor, dtype: torch.dtype) -> Tensor:
     """The input in the type of the computation: autocast's where it is on, as for F.conv2d, else its own."""
-    device_type = input.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return input if input.dtype == torch.float64 else input.to(torch.get_autocast_dtype(device_type))
+    if autocasts(input):
+        return input if input.dtype == torch.float64 else input.to(torch.get_autocast_dtype(input.device.type))
     if input.dtype != dtype:
         raise RuntimeError(f"input type ({input.dtype}) and weight type ({dtype}) should be the same")
     return input
-
-
-def _seen_copy(input: Tensor, partition: Partition) -> Tensor | None:
-    """A compact copy of the channels that the learned weights see; None where they see the whole input."""
-    whole = partition.seen == (0, partition.in_channels)
-    return None if whole else ops.copy_channels(input, partition.seen)
 
 
 def _problem(input: Tensor, layer: Layer, partition: Partition) -> planner.Problem:

@@ -131,10 +131,10 @@ class PartialConv2d(nn.Module):
         return conv.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        learned, fixed, fixed_inputs, bias_learned, bias_fixed = self._parts(WEIGHT_PARTS + BIAS_PARTS)
         return partial_conv2d(
-            input, self.weight_trainable, self.weight_frozen, self.weight_frozen_inputs, self.bias_trainable,
-            self.bias_frozen, self.stride, self.padding, self.dilation, self.padding_mode, partition=self.partition,
-            algorithm=self.algorithm,
+            input, learned, fixed, fixed_inputs, bias_learned, bias_fixed, self.stride, self.padding, self.dilation,
+            self.padding_mode, partition=self.partition, algorithm=self.algorithm,
         )  # fmt: skip
 
     @property
@@ -298,7 +298,9 @@ class PartialConv2d(nn.Module):
                 old.grad = None
 
     def _parts(self, names: tuple[str, ...]) -> list[Tensor | None]:
-        return [getattr(self, name) for name in names]
+        # nn.Module.__getattr__ takes longer; parametrised and pruned Parameters are found by it alone.
+        own = self._parameters
+        return [own[name] if name in own else getattr(self, name) for name in names]
 
     @property
     def _like(self) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from rwn_ext.planner import Problem, plan
@@ -39,23 +40,28 @@ torch.library.define(
 
 
 def merge(
-    learned: Tensor | None, fixed: Tensor | None, runs: Runs, axis: int, dtype: torch.dtype, *, stage: str
+    learned: Tensor | None, fixed: Tensor | None, runs: Runs, axis: int, dtype: torch.dtype, *, stage: str | None = None
 ) -> Tensor:
     """The tensor whose channels `runs` along `axis` are `learned` and whose others are `fixed`, cast to `dtype`.
 
     `stage` ("forward" or "backward") has no effect on the result. It keeps a compiler from merging the two calls of a
-    training step into one, which would keep the whole weight alive between them.
+    training step into one, which would keep the whole weight alive between them. Without it, the result is
+    differentiable wherever it is made.
     """
     if learned is None or fixed is None:
         whole = fixed if learned is None else learned
         assert whole is not None
         return whole.to(dtype)
-    function = torch.ops.rwn_ext.merge if _watched() else _merge
-    return function(learned, fixed, runs, axis, dtype, stage)
+    if stage is None:
+        plain = _merge_pieces if transformed() or torch.compiler.is_compiling() else _merge
+        return plain(learned, fixed, runs, axis, dtype)
+    if _watched():
+        return torch.ops.rwn_ext.merge(learned, fixed, runs, axis, dtype, stage)
+    return _merge(learned, fixed, runs, axis, dtype)
 
 
 def merge_block(
-    parts: Sequence[Tensor | None], filters: Runs, inputs: Runs, dtype: torch.dtype, *, stage: str
+    parts: Sequence[Tensor | None], filters: Runs, inputs: Runs, dtype: torch.dtype, *, stage: str | None = None
 ) -> Tensor:
     """The whole (K, C / groups, R, S) weight of its learned block, its fixed filters, the block's fixed inputs."""
     trainable, frozen, frozen_inputs = parts
@@ -81,8 +87,53 @@ def conv2d_weight_grad(
     the channels that `seen_channels` names: those of the groups that hold a learned filter. `groups` counts all groups.
     The result is channels_last where the input is.
     """
+    if transformed():
+        # The others look at strides and view memory in ways that vmap does not follow.
+        return _weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, "full")
     function = torch.ops.rwn_ext.conv2d_weight_grad if _watched() else _weight_grad
     return function(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm)
+
+
+def conv2d_input_grad(
+    grad_output: Tensor, weight: Tensor, input_size: Sequence[int], kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int,
+) -> Tensor:  # fmt: skip
+    """The gradient of an (N, C, *input_size) input.
+
+    It is the transposed convolution: `aten.convolution_backward` would want the input, or make a full-size dummy of it.
+    """
+    output_padding = [
+        input_size[i]
+        - (grad_output.size(2 + i) - 1) * stride[i]
+        + 2 * padding[i]
+        - dilation[i] * (kernel_size[i] - 1)
+        - 1
+        for i in (0, 1)
+    ]
+    return torch.convolution(grad_output, weight, None, stride, padding, dilation, True, output_padding, groups)
+
+
+def conv2d_grads(
+    grad_output: Tensor, input: Tensor, weight: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, algorithm: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`conv2d_input_grad` and `conv2d_weight_grad` where the learned weights see all of the input.
+
+    The library's whole gradients come from one call, which small layers feel.
+    """
+    geometry = (kernel_size, stride, padding, dilation, groups)
+    if not _watched():
+        layout = memory_format(input)
+        _, implementation = _planned(
+            input.shape, grad_output.size(1), filters, *geometry, input.device.type, layout, algorithm
+        )
+        if implementation is _full:
+            grad_input, whole, _ = torch.ops.aten.convolution_backward.default(
+                grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, True, False)
+            )
+            return grad_input, _copied(whole, filters, layout)
+    grad_input = conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry)
+    return grad_input, conv2d_weight_grad(grad_output, input, filters, *geometry, algorithm)
 
 
 def take(tensor: Tensor, runs: Runs, axis: int) -> Tensor:
@@ -134,9 +185,19 @@ def problem(
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last for a tensor that is dense in NHWC order and in no other, else contiguous."""
-    if tensor.dim() != 4 or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+    if (
+        transformed()
+        or tensor.dim() != 4
+        or tensor.is_contiguous()
+        or not tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
         return torch.contiguous_format
     return torch.channels_last
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which need plain differentiable operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _watched() -> bool:
@@ -159,7 +220,9 @@ def _index(runs: Runs, device: torch.device) -> Tensor:
     return _INDICES[key]
 
 
-def _merge(learned: Tensor, fixed: Tensor, runs: Runs, axis: int, dtype: torch.dtype, stage: str) -> Tensor:
+def _merge(
+    learned: Tensor, fixed: Tensor, runs: Runs, axis: int, dtype: torch.dtype, stage: str | None = None
+) -> Tensor:
     if learned.dtype != dtype or fixed.dtype != dtype:
         learned, fixed = learned.to(dtype), fixed.to(dtype)
     if len(runs) == 2:
@@ -172,9 +235,24 @@ def _merge(learned: Tensor, fixed: Tensor, runs: Runs, axis: int, dtype: torch.d
             parts = [fixed.narrow(axis, 0, before), learned, fixed.narrow(axis, before, size - before)]
         return torch.cat(parts, axis).contiguous(memory_format=memory_format(fixed))
     whole = _empty_whole(learned, fixed, axis)
-    others = Subset(whole.size(axis), tuple(runs)).complement.runs
     whole.index_copy_(axis, _index(runs, fixed.device), learned)
-    return whole.index_copy_(axis, _index(others, fixed.device), fixed)
+    return whole.index_copy_(axis, _index(_complement(tuple(runs), whole.size(axis)), fixed.device), fixed)
+
+
+@lru_cache(maxsize=4096)
+def _complement(runs: Runs, size: int) -> Runs:
+    return Subset(size, runs).complement.runs
+
+
+def _merge_pieces(learned: Tensor, fixed: Tensor, runs: Runs, axis: int, dtype: torch.dtype) -> Tensor:
+    """Likewise, in operations that compilers and the transforms of torch.func follow."""
+    pieces, position, taken = [], 0, 0
+    for start, stop in zip(runs[::2], runs[1::2], strict=True):
+        pieces.append(fixed.narrow(axis, position - taken, start - position))
+        pieces.append(learned.narrow(axis, taken, stop - start))
+        position, taken = stop, taken + stop - start
+    pieces.append(fixed.narrow(axis, position - taken, fixed.size(axis) - (position - taken)))
+    return torch.cat([piece.to(dtype) for piece in pieces], axis)
 
 
 torch.library.impl("rwn_ext::merge", "CompositeExplicitAutograd", _merge)
@@ -270,8 +348,15 @@ def _full(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups:
     """The library's weight gradient of every filter in the touched groups, then the learned ones of it."""
     candidates, rows = _candidates(filters, grad_output.size(1), groups)
     whole = _library_weight_grad(_gather_channels(grad_output, candidates, memory_format(input)), input, p, p.groups)
-    # A copy: a view would keep the whole gradient alive for as long as the learned part of it.
-    return take(whole, rows, 0).clone()
+    return _copied(whole, rows, memory_format(input))
+
+
+def _copied(whole: Tensor, filters: Runs, layout: torch.memory_format) -> Tensor:
+    """A copy of these filters: a view would keep the whole gradient alive for as long as the learned part of it."""
+    if len(filters) == 2 and layout == torch.contiguous_format:
+        return torch.narrow_copy(whole, 0, filters[0], filters[1] - filters[0])
+    part = take(whole, filters, 0)
+    return part.clone(memory_format=layout) if len(filters) == 2 else part.contiguous(memory_format=layout)
 
 
 @lru_cache(maxsize=4096)
@@ -330,7 +415,9 @@ def _unfold(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, group
     bottom = p.height + p.padding[0] - spread.size(1)
     right = p.width + p.padding[1] - spread.size(2)
     padded = F.pad(spread, (0, 0, left, right, top, bottom))  # (N, H + (R-1)d, W + (S-1)d, Kt)
-    taps = padded.unfold(1, (r - 1) * dh + 1, 1).unfold(2, (s - 1) * dw + 1, 1)[..., ::dh, ::dw]
+    taps = padded.unfold(1, (r - 1) * dh + 1, 1).unfold(2, (s - 1) * dw + 1, 1)
+    if p.dilation != (1, 1):
+        taps = taps[..., ::dh, ::dw]
     columns = taps.permute(0, 1, 2, 4, 5, 3).reshape(-1, r * s * p.learned)  # (N*H*W, R*S*Kt), taps reversed
     product = _pixels(input).t() @ columns  # (C, R*S*Kt)
     return product.view(p.channels, r, s, p.learned).flip(1, 2).permute(3, 0, 1, 2)

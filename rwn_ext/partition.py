@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,12 +31,21 @@ class Partition:
     """The input channels that learned weights see: all that their gradient needs of the input."""
 
     def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"groups={self.groups} is no count of groups; it must be 1 or more")
         block = Subset.empty(self.filters.size) if self.inputs.is_empty else self.filters
         seen = ops.seen_channels(self.in_channels, self.filters.size, self.groups, block.runs, self.inputs.runs)
         object.__setattr__(self, "block", block)
         object.__setattr__(self, "seen", seen)
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.filters, self.inputs, self.bias_filters, self.groups))
+
+    @cached_property
     def in_channels(self) -> int:
         return self.inputs.size * self.groups
 
@@ -58,14 +68,14 @@ class Partition:
 
     def merge_weight(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """The whole weight of which these are the WEIGHT_PARTS; always a copy."""
-        return _copy(ops.merge_block(parts, self.block.runs, self.inputs.runs, dtype, stage="forward"), parts)
+        return _copy(ops.merge_block(parts, self.block.runs, self.inputs.runs, dtype), parts)
 
     def merge_bias(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
         """The whole bias of which these are the BIAS_PARTS; None without one, else always a copy."""
         if all(part is None for part in parts):
             return None
         trainable, frozen = parts
-        return _copy(ops.merge(trainable, frozen, self.bias_filters.runs, 0, dtype, stage="forward"), parts)
+        return _copy(ops.merge(trainable, frozen, self.bias_filters.runs, 0, dtype), parts)
 
 
 def _copy(whole: Tensor, parts: Sequence[Tensor | None]) -> Tensor:

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 ALGORITHMS = {
     "none": "nothing is learned: no weight gradient, no saved input",
     "full": "the library's whole weight gradient, then the learned filters are selected",
@@ -107,10 +109,12 @@ def _obstacle(p: Problem, algorithm: str) -> str | None:
 
 
 # The CPU's limits were measured (bench/bench_layers.py; float32): unfolding wins for few filters on deep channels_last
-# inputs; oneDNN computes filters in blocks of 16, so a block saved is a gain and less is none.
+# inputs; oneDNN computes filters in blocks of a vector register, so a block saved is a gain and less is none; and a few
+# million multiply-adds take less time than a call of the library, of which "full" needs one less.
 CPU_UNFOLD_COLUMNS = 60
 CPU_UNFOLD_CHANNELS = 64
-CPU_FILTER_BLOCK = 16
+CPU_FILTER_BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+CPU_CALL_MULTIPLY_ADDS = 4_000_000
 # Not measured on a GPU: the share from which cuDNN's whole gradient is expected to win.
 GPU_FULL_SHARE = 0.45
 
@@ -127,6 +131,12 @@ def _heuristic(p: Problem) -> Plan:
     blocks, all_blocks = (-(-count // p.groups // CPU_FILTER_BLOCK) for count in (p.learned, p.filters))
     if blocks == all_blocks:
         return Plan("full", f"the learned filters fill as many blocks of {CPU_FILTER_BLOCK} as all do, {blocks}")
+    pixels = p.batch * p.output_size[0] * p.output_size[1]
+    saved = (all_blocks - blocks) * CPU_FILTER_BLOCK * p.channels * r * s * pixels
+    if saved < CPU_CALL_MULTIPLY_ADDS:
+        return Plan("full", f"the {saved:,} multiply-adds of the fixed filters cost less than another call")
+    if p.channels_last and not _obstacle(p, "matmul"):
+        return Plan("matmul", "1x1 filters of channels_last tensors are a matrix product of what is there")
     if (
         p.channels_last
         and p.groups == 1

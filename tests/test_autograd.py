@@ -251,11 +251,78 @@ def test_a_frozen_part_in_bf16_beside_a_learned_part_in_fp32(device: str):
     assert torch.equal(layer(x), conv(x)), "without autocast"
 
 
-def test_checkpointing_recomputes_the_same():
-    layer = layer_of({"trainable": [0, 2], "trainable_inputs": [1, 3]})
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("choice", LAYERS.values(), ids=LAYERS)
+def test_checkpointing_recomputes_the_same(choice: dict, reentrant: bool):
+    layer = layer_of(choice)
     x = torch.randn(2, 4, 4, 5, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
     cotangent = torch.randn_like(layer(x))
-    plain = torch.autograd.grad(layer(x), [x, layer.weight_trainable], cotangent)
-    output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-    again = torch.autograd.grad(output, [x, layer.weight_trainable], cotangent)
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    plain = torch.autograd.grad(layer(x), leaves, cotangent)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).backward(cotangent)
+    assert all(torch.equal(a, leaf.grad) for a, leaf in zip(plain, leaves, strict=True))
+
+
+@pytest.mark.parametrize("choice", LAYERS.values(), ids=LAYERS)
+def test_saved_tensors_may_wait_elsewhere_and_anomalies_may_be_looked_for(choice: dict, device: str):
+    layer = layer_of(choice, device=device)
+    x = torch.randn(2, 4, 4, 5, dtype=torch.float64, device=device, requires_grad=True)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    cotangent = torch.randn_like(layer(x))
+    plain = torch.autograd.grad(layer(x), leaves, cotangent)
+    moved: list[Tensor] = []
+
+    def away(tensor: Tensor) -> Tensor:
+        moved.append(tensor.cpu().clone())
+        return moved[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(away, lambda tensor: tensor.to(device)):
+        output = layer(x)
+    assert moved
+    with torch.autograd.detect_anomaly(check_nan=True):
+        again = torch.autograd.grad(layer(x), leaves, cotangent)
+    for grads in (torch.autograd.grad(output, leaves, cotangent), again):
+        assert all(torch.equal(a, b) for a, b in zip(plain, grads, strict=True))
+
+
+def test_anomaly_mode_names_the_backward_that_made_a_nan():
+    layer = layer_of({"trainable": [0, 2]})
+    x = torch.randn(2, 4, 4, 5, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        output = layer(x)
+        with pytest.raises(RuntimeError, match=r"PartialConv2dFunctionBackward.* returned nan"):
+            output.backward(torch.full_like(output, torch.nan))
+
+
+def test_hooks_on_the_module_and_its_parameters_run():
+    layer = layer_of({"trainable": [0, 2]})
+    seen: list[str] = []
+    layer.register_forward_pre_hook(lambda *_: seen.append("forward pre"))
+    layer.register_forward_hook(lambda *_: seen.append("forward"))
+    layer.register_full_backward_pre_hook(lambda *_: seen.append("backward pre"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer.weight_trainable.register_hook(lambda grad: grad * 2)
+    layer.weight_trainable.register_post_accumulate_grad_hook(lambda p: seen.append(f"accumulated {tuple(p.shape)}"))
+    x = torch.randn(2, 4, 4, 5, dtype=torch.float64, requires_grad=True)
+    output = layer(x)
+    cotangent = torch.randn_like(output)
+    output.backward(cotangent)
+    assert seen[:3] == ["forward pre", "forward", "backward pre"]
+    assert sorted(seen[3:]) == ["accumulated (2, 4, 3, 2)", "backward"]
+    expected = dense(layer.to_conv2d(), x, cotangent)[2]["weight"][[0, 2]]
+    assert_close(layer.weight_trainable.grad, 2 * expected, cotangent[:, 0].numel())
+
+
+@pytest.mark.parametrize("choice", LAYERS.values(), ids=LAYERS)
+def test_unfreezing_a_whole_model_lets_fixed_parts_stay_without_gradient(choice: dict):
+    """`model.requires_grad_(False)`, then True again, as adversarial training does, teaches fixed parts nothing."""
+    layer = layer_of(choice)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    x = torch.randn(2, 4, 4, 5, dtype=torch.float64)
+    assert not layer.requires_grad_(False)(x).requires_grad
+    output = layer.requires_grad_(True)(x)
+    output.backward(torch.randn_like(output))
+    optimizer.step()
+    for name, parameter in layer.named_parameters():
+        assert ("trainable" in name) == (parameter.grad is not None) == (not torch.equal(parameter, before[name]))

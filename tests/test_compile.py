@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import integers, saved_tensors
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from rwn_ext import PartialConv2d
 
@@ -133,3 +134,69 @@ def test_inductor_equals_eager_and_keeps_no_merged_weight(choice: str, layout: t
         new = [t for t in kept if t.is_floating_point() and t.untyped_storage().data_ptr() not in held]
         seen = 0 if layer.inputs.is_full else x[:, layer.inputs.indices].numel() * x.element_size()
         assert sum(t.untyped_storage().nbytes() for t in new) == seen
+
+
+@pytest.mark.parametrize("choice", ["contiguous", "scattered", "block"])
+def test_batches_of_all_sizes_need_two_compilations(choice: str, device: str):
+    layer = layer_of(CHOICES[choice], device=device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for batch in (2, 3, 5, 7, 4):
+        assert_same(compiled, layer, batch, 4, 7, 8)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_trained_model_is_exported_with_a_dynamic_batch(choice: str, device: str):
+    model = nn.Sequential(layer_of(CHOICES[choice], device=device), nn.ReLU()).eval()
+    example = integers(2, 4, 7, 8, device=device)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+    for x in (example, integers(5, 4, 7, 8, device=device)):
+        assert torch.equal(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize("choice", ["contiguous", "scattered", "block", "all"])
+def test_torch_func_and_the_merged_weight_are_differentiated_when_compiled_too(choice: str, device: str):
+    layer, x = layer_of(CHOICES[choice], device=device), integers(2, 4, 7, 8, device=device)
+    learned = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+    def gradient(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).square().sum())(parameters)
+
+    ours, eager = torch.compile(gradient, backend="aot_eager", fullgraph=True)(learned, x), gradient(learned, x)
+    assert all(torch.allclose(ours[name], value, rtol=1e-12) for name, value in eager.items())
+    torch.compile(lambda: layer.weight.square().sum(), backend="aot_eager", fullgraph=True)().backward()
+    assert torch.equal(layer.weight_trainable.grad, 2 * layer.weight_trainable)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("choice", ["contiguous", "scattered", "block"])
+def test_a_captured_cuda_graph_repeats_the_step(choice: str):
+    layer = layer_of(CHOICES[choice], device="cuda")
+    x, cotangent = integers(2, 4, 7, 8, device="cuda"), integers(2, 12, 7, 8, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            layer(x).backward(cotangent)
+    torch.cuda.current_stream().wait_stream(side)
+    layer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(x).backward(cotangent)
+    x.copy_(integers(2, 4, 7, 8, device="cuda"))
+    graph.replay()
+    captured = layer.weight_trainable.grad.clone()
+    (expected,) = torch.autograd.grad(layer(x), layer.weight_trainable, cotangent)
+    assert torch.allclose(captured, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_reduced_overhead_equals_eager():
+    layer = layer_of(CHOICES["scattered"], device="cuda")
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        assert_same(compiled, layer, 2, 4, 7, 8)

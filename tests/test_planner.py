@@ -8,7 +8,7 @@ import torch
 from rwn_ext import PartialConv2d, planner
 from rwn_ext.planner import ALGORITHMS, Problem, explain, plan
 
-LAYER = Problem(2, 64, 8, 8, 64, 6, (3, 3), padding=(1, 1), channels_last=True)
+LAYER = Problem(2, 64, 32, 32, 64, 6, (3, 3), padding=(1, 1), channels_last=True)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,9 @@ LAYER = Problem(2, 64, 8, 8, 64, 6, (3, 3), padding=(1, 1), channels_last=True)
         ({"groups": 2}, "gather"),
         ({"stride": (2, 2)}, "gather"),
         ({"channels_last": False}, "gather"),
-        ({"kernel_size": (1, 1), "padding": (0, 0)}, "gather"),
+        ({"kernel_size": (1, 1), "padding": (0, 0)}, "matmul"),
+        ({"kernel_size": (1, 1), "padding": (0, 0), "channels_last": False}, "gather"),
+        ({"batch": 1, "height": 4, "width": 4}, "full"),
     ],
     ids=str,
 )
@@ -59,7 +61,7 @@ def test_forcing_is_obeyed_and_a_layer_that_learns_nothing_needs_nothing(algorit
 
 def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch):
     text = explain(LAYER)
-    for part in ("6 of 64 filters 3x3", "(2, 64, 8, 8)", "channels_last on cpu", "picked unfold", "54 columns"):
+    for part in ("6 of 64 filters 3x3", "(2, 64, 32, 32)", "channels_last on cpu", "picked unfold", "54 columns"):
         assert part in text
     assert "cannot be matmul: it needs 1x1" in text and "cannot be gather" not in text
     assert "picked full" in explain(LAYER, "full") and "asked for" in explain(LAYER, "full")
