@@ -31,6 +31,14 @@ class Shape(NamedTuple):
     still_on_m: bool
 
 
+class Operands(NamedTuple):
+    """What the choice of a configuration needs to know of the still operand."""
+
+    element_size: int
+    channels_last: bool = True
+    prologue: bool = False
+
+
 class Tiles(NamedTuple):
     """A shape, and how it covers the problem: split i owns pixels [i * split_pixels, (i + 1) * split_pixels)."""
 
@@ -44,26 +52,27 @@ def depth(learned: int) -> int:
     return next((d for d in DEPTHS if learned <= d), _ceil(learned, 8) * 8)
 
 
-def shape(block_channels: int, block_columns: int, element_size: int, arch: int, prologue: bool = False) -> Shape:
+def shape(block_channels: int, block_columns: int, operands: Operands, arch: int) -> Shape:
     """The shipped configuration of a tile of this size on `sm_{arch}`.
 
     16-bit operands: from sm_90 on the still channels are the rows of the tensor core's tile, unless a prologue passes
-    them through registers; for sm_80 they are its columns, which it can load without a detour. float32: a side of 32
-    keeps wgmma out, which would want the operand transposed, copied 4 bytes at a time.
+    them through registers; on sm_80 they are the side that it can load without a detour. float32: a side of 32 keeps
+    wgmma out, which would want the operand transposed, copied 4 bytes at a time.
     """
     tile = block_channels * block_columns
-    if element_size == 4:
+    if operands.element_size == 4:
         return Shape(32, block_channels, block_columns, 4, 3, block_columns > 32)
-    return Shape(64, block_channels, block_columns, 8 if tile >= 128 * 128 else 4, 3, arch >= 90 and not prologue)
+    on_m = not operands.prologue if arch >= 90 else not operands.channels_last
+    return Shape(64, block_channels, block_columns, 8 if tile >= 128 * 128 else 4, 3, on_m)
 
 
-def shipped(element_size: int, arch: int, prologue: bool = False) -> list[Shape]:
+def shipped(operands: Operands, arch: int) -> list[Shape]:
     """Every configuration that `cut` can choose."""
     return [
-        shape(a, b, element_size, arch, prologue)
+        shape(a, b, operands, arch)
         for a in CHANNEL_BLOCKS
         for b in COLUMN_BLOCKS
-        if b <= _widest(a, element_size) and not (element_size == 4 and a == 128)
+        if b <= _widest(a, operands.element_size) and not (operands.element_size == 4 and a == 128)
     ]
 
 
@@ -79,15 +88,15 @@ def cut(
     channels: int,
     columns: int,
     groups: int,
-    element_size: int,
+    operands: Operands,
     *,
     multiprocessors: int,
     arch: int,
-    prologue: bool = False,
 ) -> Tiles:
     """Tiles for `groups` products (channels x pixels) times (pixels x columns)."""
+    element_size = operands.element_size
     block_channels, block_columns = _blocks(channels, columns, element_size)
-    chosen = shape(block_channels, block_columns, element_size, arch, prologue)
+    chosen = shape(block_channels, block_columns, operands, arch)
     blocks = groups * _ceil(channels, block_channels) * _ceil(columns, block_columns)
     partials = 4 * groups * channels * columns
     most = max(WORKSPACE_BYTES, element_size * groups * pixels * channels // 4) // partials

@@ -207,7 +207,7 @@ def _gather(
         COUNTERS, *_nhwc(source),
         STEP_H=step[0], STEP_W=step[1], BLOCK_POSITIONS=block_positions, BLOCK_DEPTH=block_depth,
         POSITIONS_FASTEST=source.stride(1) != 1, HAS_INDEX=slots.index is not None, PROLOGUE=affine is not None,
-        BLOCK_COUNTERS=0 if counters is None else COUNTERS, num_warps=4, **_exact(affine),
+        BLOCK_COUNTERS=0 if counters is None else COUNTERS, num_warps=4, **_fusion(affine),
     )  # fmt: skip
     return out
 
@@ -220,10 +220,10 @@ def _correlate(
     batch, height, width = still.size(0), still.size(2), still.size(3)
     pixels, channels, columns = batch * height * width, still.size(1) // slots.groups, r * s * slots.depth
     multiprocessors, arch = _chip(still.device)
+    operands = tiles.Operands(still.element_size(), still.stride(1) == 1, correlation.affine is not None)
     plan = tiles.cut(
-        pixels, channels, columns, slots.groups, still.element_size(),
-        multiprocessors=multiprocessors, arch=arch, prologue=correlation.affine is not None,
-    )  # fmt: skip
+        pixels, channels, columns, slots.groups, operands, multiprocessors=multiprocessors, arch=arch
+    )
     shape, grid = plan.shape, tiles.grid(plan, channels, columns, slots.groups)
     finish = ONLY_SPLIT if plan.splits == 1 else PARTIALS
     if counters is not None and plan.splits > 1 and grid[0] * grid[1] * slots.groups <= COUNTERS:
@@ -246,7 +246,7 @@ def _correlate(
         BLOCK_CHANNELS=shape.block_channels, BLOCK_COLUMNS=shape.block_columns, DENSE_ROWS=h == w * width,
         STILL_ON_M=shape.still_on_m, PROLOGUE=correlation.affine is not None, HAS_ROWS=slots.rows is not None,
         FINISH=finish, PRECISION=precision, INTERPRETED=INTERPRETED,
-        num_warps=shape.num_warps, num_stages=shape.num_stages, **_exact(correlation.affine),
+        num_warps=shape.num_warps, num_stages=shape.num_stages, **_fusion(correlation.affine),
     )  # fmt: skip
     if finish == PARTIALS:
         _sum_splits(partials, out, plan.splits, channels, columns, slots, correlation.kernel_size, out_strides)
@@ -262,7 +262,7 @@ def _sum_splits(
     sum_splits_kernel[(triton.cdiv(size, block),)](
         partials, out, _or(slots.rows, out), size, channels, splits, slots.valid, *out_strides,
         R=kernel_size[0], S=kernel_size[1], DEPTH=slots.depth, BLOCK_SPLITS=block_splits, BLOCK=block,
-        HAS_ROWS=slots.rows is not None, num_warps=4,
+        HAS_ROWS=slots.rows is not None, num_warps=4, **_fusion(None),
     )  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def _depthwise(
         *geometry.stride, *geometry.padding, *geometry.dilation, *_nhwc(grad_output), *_nhwc(input),
         R=r, S=s, BLOCK_TAPS=tiles.TAPS, BLOCK_PIXELS=block.block_pixels, BLOCK_CHANNELS=block.block_channels,
         PIXELS_FASTEST=fastest, HAS_INDEX=pairs is not None, PROLOGUE=affine is not None, num_warps=4,
-        **_exact(affine),
+        **_fusion(affine),
     )  # fmt: skip
     slots = _Slots(1, 1, 0, 1, None, None)
     out_strides = (out.stride(0), 0, out.stride(2), out.stride(3), 0)
@@ -350,6 +350,6 @@ def _nhwc(tensor: Tensor) -> tuple[int, int, int, int]:
     return n, h, w, c
 
 
-def _exact(affine: Affine | None) -> dict[str, bool]:
-    """A recomputed activation must equal the one of the forward pass bit for bit: no fused multiply-add."""
-    return {} if affine is None else {"enable_fp_fusion": False}
+def _fusion(affine: Affine | None) -> dict[str, bool]:
+    """A recomputed activation must equal the one of the forward pass bit for bit: no fused multiply-add there."""
+    return {"enable_fp_fusion": affine is None}

@@ -54,6 +54,7 @@ class PartialConv2dFunction(torch.autograd.Function):
         seen = input if seen is None else seen
         ctx.save_for_backward(*(weights if needs_input else (None, None, None)), seen if needs_weight else None)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
+        ctx.weight_dtype = None if weight_trainable is None else weight_trainable.dtype
         return torch.convolution(
             input, _weight(weights, layer, "forward"), _bias(bias_trainable, bias_frozen, layer),
             layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups,
@@ -70,7 +71,7 @@ class PartialConv2dFunction(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_weight = ops.conv2d_weight_grad(
                     grad_output, seen, layer.filters, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                    layer.groups, layer.algorithm,
+                    layer.groups, layer.algorithm, ctx.weight_dtype,
                 )  # fmt: skip
             if ctx.needs_input_grad[5]:
                 grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))

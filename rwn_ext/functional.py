@@ -148,6 +148,6 @@ def _seen_copy(input: Tensor, partition: Partition) -> Tensor | None:
 def _problem(input: Tensor, layer: Layer, partition: Partition) -> planner.Problem:
     return ops.problem(
         (input.size(0), ops.run_length(partition.seen), *input.shape[2:]), partition.filters.size, layer.filters,
-        layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, input.device.type,
-        ops.memory_format(input),
+        layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, input.device,
+        ops.memory_format(input), input.dtype,
     )  # fmt: skip

@@ -84,7 +84,8 @@ def launches(case: dict[str, Any]) -> list[tuple[JITFunction, tuple, dict]]:
 
 def _with_block(plan: tiles.Tiles, channels: int, columns: int, case: dict, dtype: torch.dtype) -> tiles.Tiles:
     """The plan with another shipped tile."""
-    shape = tiles.shape(channels, columns, dtype.itemsize, case["arch"], bool(case.get("affine")))
+    operands = tiles.Operands(dtype.itemsize, case.get("channels_last", True), bool(case.get("affine")))
+    shape = tiles.shape(channels, columns, operands, case["arch"])
     return plan._replace(shape=shape)
 
 
