@@ -1,4 +1,4 @@
-"""The matrix product that keeps the large operand still and shifts the small one, and the fixed-order sum of its splits.
+"""The matrix product that keeps the large operand still and moves the small one; the fixed-order sum of its splits.
 
     out[a, tap, b] = sum over pixels of still[pixel, a] * moved[pixel + tap, b]
 
@@ -32,8 +32,8 @@ def correlate_kernel(
 ):  # fmt: skip
     """Grid (column blocks, channel blocks, groups * splits): neighbours share their pixels of `still` through L2.
 
-    A pixel of `moved` holds DEPTH channels side by side. The strides of `moved` count UNITs of elements, the width of its
-    loads, which Triton cannot see in a number that is no multiple of 16. Offsets of pixels are 64 bits wide.
+    A pixel of `moved` holds DEPTH channels side by side. The strides of `moved` count UNITs of elements, the width of
+    its loads, which Triton cannot see in a number that is no multiple of 16. Offsets of pixels are 64 bits wide.
     """
     columns: tl.constexpr = R * S * DEPTH
     group = tl.program_id(2) // splits
@@ -120,7 +120,7 @@ def sum_splits_kernel(
     R: tl.constexpr, S: tl.constexpr, DEPTH: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out = partials.sum(0), put in its place. A program owns BLOCK elements, BLOCK_SPLITS of their splits at a time."""
+    """out = partials.sum(0), put in its place. A program owns BLOCK elements and sums BLOCK_SPLITS splits at a time."""
     columns: tl.constexpr = R * S * DEPTH
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)

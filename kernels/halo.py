@@ -14,7 +14,7 @@ def halo_gather_kernel(
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
     POSITIONS_FASTEST: tl.constexpr, HAS_INDEX: tl.constexpr, PROLOGUE: tl.constexpr, BLOCK_COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    """out[n, i, j, k] = source[n, channel k, (i - top) / STEP_H, (j - left) / STEP_W], zero where there is no such pixel.
+    """out[n, i, j, k] = source[n, channel k, (i - top) / STEP_H, (j - left) / STEP_W], zero where no such pixel is.
 
     Grid (position blocks, depth blocks). Every element of `out` (N, height, width, depth) is written, those that only
     pad the depth with zero. The tile's faster axis is the one that is contiguous in the source. The first program also
@@ -47,7 +47,7 @@ def halo_gather_kernel(
         shift = tl.load(shift_ptr + channel, mask=chosen, other=0.0).to(tl.float32)
         value = tl.where(inside, tl.maximum(value.to(tl.float32) * scale + shift, 0.0), 0.0).to(value.dtype)
     tl.store(out_ptr + position.to(tl.int64) * depth + k, value, mask=(position < positions) & (k < depth))
-    if BLOCK_COUNTERS > 0:
+    if BLOCK_COUNTERS > 0:  # noqa: SIM102  the compiler decides this, the program the other
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             for start in range(0, counters, BLOCK_COUNTERS):
                 offs = start + tl.arange(0, BLOCK_COUNTERS)

@@ -73,10 +73,10 @@ def weight_grad(
 ) -> Tensor:
     """Writes the gradient of the chosen filters into `out` (Kt, C per group, R, S), of any strides and dtype.
 
-    Equals `torch.nn.grad.conv2d_weight(x, ...)[filters]`, x being `input`, or relu(input * scale + shift) with `affine`.
-    `input` (N, C, H, W) holds the channels of the groups with a chosen filter; `grad_output` (N, K, P, Q) is whole. Sums
-    are float32 and taken in a fixed order. `precision` is that of float32 operands, see `PRECISIONS`. `last_block`: the
-    tile that finishes last sums the splits, which spares a launch.
+    Equals `torch.nn.grad.conv2d_weight(x, ...)[filters]`, x being `input`, with `affine` relu(input * scale + shift).
+    `input` (N, C, H, W) holds the channels of the groups with a chosen filter; `grad_output` (N, K, P, Q) is whole.
+    Sums are float32 and taken in a fixed order. `precision` is that of float32 operands, see `PRECISIONS`.
+    `last_block`: the tile that finishes last sums the splits, which spares a launch.
     """
     if not (INTERPRETED or input.is_cuda):
         raise RuntimeError(
@@ -107,13 +107,13 @@ def _launch(
 
 
 class _Slots(NamedTuple):
-    """Where the learned filters sit among groups x depth columns; an index is None where a count says it all."""
+    """Where the learned filters sit among groups x depth columns; a tensor is None where a count says it all."""
 
     groups: int
     depth: int
     first: int  # the first filter's channel of grad_output
     valid: int  # filters in each group
-    index: Tensor | None  # (groups * depth,) channels of grad_output, -1 where a column only pads
+    channels: Tensor | None  # (groups * depth,) channels of grad_output, -1 where a column only pads
     rows: Tensor | None  # (groups * depth,) rows of the result, likewise
 
 
@@ -156,7 +156,7 @@ def _swapped(
     (r, s), (dh, dw), (sh, sw) = geometry.kernel_size, geometry.dilation, geometry.stride
     p, q = grad_output.shape[2:]
     learned = _slots(filters, input.device)
-    if learned.index is None:
+    if learned.channels is None:
         still = grad_output.narrow(1, learned.first, learned.valid)
     else:
         still = _gather(grad_output, learned, (0, 0), (p, q), (1, 1), None, None).permute(0, 3, 1, 2)
@@ -177,13 +177,13 @@ def _pointwise(
     slots = _slots(filters, input.device)
     strides = grad_output.stride()
     units = (slots.first, slots.valid, strides[0], strides[2], strides[3])
-    if slots.index is None and strides[1] == 1 and all(size % 8 == 0 for size in units):
+    if slots.channels is None and strides[1] == 1 and all(size % 8 == 0 for size in units):
         moved, start = grad_output, slots.first
         n, h, w = strides[0], strides[2], strides[3]
         if counters is not None:
             counters.zero_()
     else:
-        moved = _gather(grad_output, slots, (0, 0), tuple(grad_output.shape[2:]), (1, 1), None, counters)
+        moved = _gather(grad_output, slots, (0, 0), (grad_output.size(2), grad_output.size(3)), (1, 1), None, counters)
         start, (n, h, w) = 0, moved.stride()[:3]
     out_strides = (out.stride(1), out.stride(0), 0, 0)
     return _Correlation(visited, moved, start, (n, h, w, 0, 0, slots.depth), (1, 1), slots, out_strides, affine)
@@ -202,28 +202,24 @@ def _gather(
     block_positions = 1024 // block_depth
     scale, shift = affine or (source, source)
     halo_gather_kernel[(triton.cdiv(positions, block_positions), triton.cdiv(depth, block_depth))](
-        source, out, _or(slots.index, source), scale, shift, _or(counters, source),
+        source, out, _or(slots.channels, source), scale, shift, _or(counters, source),
         positions, size[0] * size[1], size[1], *border, source.size(2), source.size(3), slots.first, slots.valid, depth,
         COUNTERS, *_nhwc(source),
         STEP_H=step[0], STEP_W=step[1], BLOCK_POSITIONS=block_positions, BLOCK_DEPTH=block_depth,
-        POSITIONS_FASTEST=source.stride(1) != 1, HAS_INDEX=slots.index is not None, PROLOGUE=affine is not None,
+        POSITIONS_FASTEST=source.stride(1) != 1, HAS_INDEX=slots.channels is not None, PROLOGUE=affine is not None,
         BLOCK_COUNTERS=0 if counters is None else COUNTERS, num_warps=4, **_fusion(affine),
     )  # fmt: skip
     return out
 
 
-def _correlate(
-    correlation: _Correlation, out: Tensor, precision: str, counters: Tensor | None
-) -> None:
+def _correlate(correlation: _Correlation, out: Tensor, precision: str, counters: Tensor | None) -> None:
     still, slots = correlation.still, correlation.slots
     r, s = correlation.kernel_size
     batch, height, width = still.size(0), still.size(2), still.size(3)
     pixels, channels, columns = batch * height * width, still.size(1) // slots.groups, r * s * slots.depth
     multiprocessors, arch = _chip(still.device)
     operands = tiles.Operands(still.element_size(), still.stride(1) == 1, correlation.affine is not None)
-    plan = tiles.cut(
-        pixels, channels, columns, slots.groups, operands, multiprocessors=multiprocessors, arch=arch
-    )
+    plan = tiles.cut(pixels, channels, columns, slots.groups, operands, multiprocessors=multiprocessors, arch=arch)
     shape, grid = plan.shape, tiles.grid(plan, channels, columns, slots.groups)
     finish = ONLY_SPLIT if plan.splits == 1 else PARTIALS
     if counters is not None and plan.splits > 1 and grid[0] * grid[1] * slots.groups <= COUNTERS:
@@ -333,7 +329,7 @@ def _on(values: list[int], device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def _chip(device: torch.device) -> tuple[int, int]:
     """Multiprocessors and architecture; those of an H100 for the interpreter."""
-    if not device.type == "cuda":
+    if device.type != "cuda":
         return 132, 90
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, 10 * properties.major + properties.minor

@@ -102,7 +102,7 @@ def _settle(
     )  # fmt: skip
     if layer.algorithm != "auto":
         # Raises here, not in the middle of a backward pass, what cannot be computed as asked.
-        planner.plan(_problem(input, layer, partition), layer.algorithm)
+        planner.check(_problem(input, layer, partition), layer.algorithm)
     return input, layer
 
 

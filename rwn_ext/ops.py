@@ -85,9 +85,7 @@ def conv2d_weight_grad(
     The result is channels_last where the input is.
     """
     function = torch.ops.rwn_ext.conv2d_weight_grad if _watched() else _weight_grad
-    return function(
-        grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, dtype
-    )
+    return function(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, dtype)
 
 
 def take(tensor: Tensor, runs: Runs, axis: int) -> Tensor:
@@ -145,7 +143,7 @@ def float32_precision(device: torch.device, dtype: torch.dtype) -> str:
     """
     if device.type != "cuda" or dtype != torch.float32:
         return "ieee"
-    if torch.backends.cudnn.conv.fp32_precision == "tf32":
+    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return "tf32"
     return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -296,9 +294,7 @@ def _scaled(runs: Runs, factor: int) -> Runs:
     return tuple(edge * factor for edge in runs)
 
 
-def _full(
-    grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
-) -> Tensor:
+def _full(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """The library's weight gradient of every filter in the touched groups, then the learned ones of it."""
     candidates, rows = _candidates(filters, grad_output.size(1), groups)
     whole = _library_weight_grad(_gather_channels(grad_output, candidates, memory_format(input)), input, p, p.groups)
@@ -314,9 +310,7 @@ def _candidates(filters: Runs, out_channels: int, groups: int) -> tuple[Runs, Ru
     return candidates, Subset.from_indices(len(place), [place[k] for k in run_indices(filters)]).runs
 
 
-def _gather(
-    grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
-) -> Tensor:
+def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """The library's weight gradient of the learned filters alone, one call a class of groups."""
     classes, layout = _group_classes(filters, grad_output.size(1), groups), memory_format(input)
     parts = [
@@ -345,18 +339,14 @@ def _library_weight_grad(grad_output: Tensor, input: Tensor, p: Problem, groups:
     )[1]
 
 
-def _matmul(
-    grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
-) -> Tensor:
+def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """1x1 filters: grad_output^T (Kt x NPQ) times the visited pixels of the input (NPQ x C)."""
     visited = input[:, :, :: p.stride[0], :: p.stride[1]]
     product = _pixels(take(grad_output, filters, 1)).t() @ _pixels(visited)
     return product[:, :, None, None]
 
 
-def _unfold(
-    grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
-) -> Tensor:
+def _unfold(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """Few filters: the input stays a matrix (NHW x C), the small side is unfolded to (NHW x R*S*Kt).
 
     grad_W[k,c,r,s] = sum over n,h,w of input[n,c,h,w] * G[n,k,h + pad - r*dilation, w + pad - s*dilation], where G is
@@ -425,15 +415,11 @@ def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Tenso
     """Each algorithm on operands of this problem's shape, for the planner to measure."""
     dtype, layout = getattr(torch, p.dtype), torch.channels_last if p.channels_last else torch.contiguous_format
     sizes = (p.batch, p.channels, p.height, p.width), (p.batch, p.filters, *p.output_size)
-    input, grad_output = (
-        torch.randn(size, dtype=dtype, device=p.device).to(memory_format=layout) for size in sizes
-    )
+    input, grad_output = (torch.randn(size, dtype=dtype, device=p.device).to(memory_format=layout) for size in sizes)
     per_group = -(-p.learned // p.groups)
     learned = [k for k in range(p.filters) if k % (p.filters // p.groups) < per_group][: p.learned]
     runs = Subset.from_indices(p.filters, learned).runs
-    return {
-        name: partial(_ALGORITHMS[name], grad_output, input, runs, p, p.groups, dtype) for name in algorithms
-    }
+    return {name: partial(_ALGORITHMS[name], grad_output, input, runs, p, p.groups, dtype) for name in algorithms}
 
 
 planner.connect(_rehearse, _planned.cache_clear)
@@ -449,11 +435,13 @@ def _flops(p: Problem, algorithm: str) -> int:
 
 @register_flop_formula(torch.ops.rwn_ext.conv2d_weight_grad, get_raw=True)
 def _(
-    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None, out_val: Any = None,
+    grad_output: Tensor, input: Tensor, filters: Runs, *geometry: Any, dtype: torch.dtype | None = None,
+    out_val: Any = None,
 ) -> int:  # fmt: skip
+    kernel_size, stride, padding, dilation = (tuple(pair) for pair in geometry[:4])
+    groups, algorithm = geometry[4:6]
     task = problem(
-        input.shape, grad_output.size(1), tuple(filters), tuple(kernel_size), tuple(stride), tuple(padding),
-        tuple(dilation), groups, input.device, memory_format(input), input.dtype,
+        input.shape, grad_output.size(1), tuple(filters), kernel_size, stride, padding, dilation, groups, input.device,
+        memory_format(input), input.dtype,
     )  # fmt: skip
     return _flops(task, algorithm)

@@ -30,6 +30,7 @@ ALGORITHMS = {
     "pointwise": "Triton, 1x1 filters: the visited pixels of the input are read once where they are",
     "depthwise": "Triton, one input channel a group: a sum over pixels of the learned filters' channels alone",
 }
+TRITON_IS_INSTALLED = find_spec("triton") is not None
 FAMILIES = {"triton": tuple(costs.TRITON)}
 """Names that stand for the best of several algorithms that share a way to compute."""
 
@@ -117,16 +118,24 @@ def plan(problem: Problem, algorithm: str = "auto") -> Plan:
     if algorithm == "auto":
         times = _measured(problem)
         return _fastest(times) if times else _predicted(problem)
-    possible = [name for name in FAMILIES.get(algorithm, (algorithm,)) if not _obstacle(problem, name)]
-    if not possible:
-        obstacle = "; ".join(str(_obstacle(problem, name)) for name in FAMILIES.get(algorithm, (algorithm,))[:1])
-        raise ValueError(
-            f"algorithm={algorithm!r} cannot compute {problem}: {obstacle}; algorithm='auto' chooses one"
-        )
-    if len(possible) == 1:
-        return Plan(possible[0], "asked for")
-    best = min(possible, key=lambda name: costs.TRITON[name](problem).seconds)
-    return Plan(best, f"{algorithm} was asked for, the fastest of it is predicted to be this")
+    check(problem, algorithm)
+    if algorithm not in FAMILIES:
+        return Plan(algorithm, "asked for")
+    possible = [name for name in FAMILIES[algorithm] if not _obstacle(problem, name)]
+    best = min(possible, key=lambda name: costs.TRITON[name](problem)[:2])
+    return Plan(best, f"{algorithm} was asked for, of its kernels this is predicted to be the fastest")
+
+
+def check(problem: Problem, algorithm: str) -> None:
+    """ValueError, saying why, where this algorithm cannot compute this problem. Compilers trace it."""
+    if algorithm == "auto" or problem.learned == 0:
+        return
+    obstacle = None
+    for name in FAMILIES.get(algorithm, (algorithm,)):
+        obstacle = _obstacle(problem, name)
+        if obstacle is None:
+            return
+    raise ValueError(f"algorithm={algorithm!r} cannot compute {problem}: {obstacle}; algorithm='auto' chooses one")
 
 
 def explain(problem: Problem, algorithm: str | None = None) -> str:
@@ -146,7 +155,7 @@ def explain(problem: Problem, algorithm: str | None = None) -> str:
 
 
 def tune(model: nn.Module, example: Tensor) -> dict[Problem, tuning.Times]:
-    """Measures every algorithm for the weight gradients of `model` at inputs like `example`, and plans by it from now on.
+    """Measures every algorithm for the weight gradients of `model` at inputs like `example`, and plans by it from then.
 
     The model runs once, in evaluation mode and without gradients, to see its layers' inputs. Returns seconds by problem
     and algorithm; they are also kept in a file (`rwn_ext.tuning.cache_file`), which processes with RWN_EXT_TUNE=1 use.
@@ -158,9 +167,9 @@ def tune(model: nn.Module, example: Tensor) -> dict[Problem, tuning.Times]:
     return times
 
 
-def problems(model: nn.Module, example: Tensor) -> dict[nn.Module, Problem]:
+def problems(model: nn.Module, example: Tensor) -> dict[Any, Problem]:
     """The weight gradient of each partly learned convolution of `model` at an input like `example`."""
-    found: dict[nn.Module, Problem] = {}
+    found: dict[Any, Problem] = {}
 
     def look(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         found[module] = module.problem(args[0] if args else kwargs["input"])
@@ -192,7 +201,9 @@ class _Tuning:
 _tuning = _Tuning()
 
 
-def connect(rehearse: Callable[[Problem, list[str]], Mapping[str, Callable[[], Any]]], forget: Callable[[], None]) -> None:
+def connect(
+    rehearse: Callable[[Problem, list[str]], Mapping[str, Callable[[], Any]]], forget: Callable[[], None]
+) -> None:
     """Told by what computes: how to run algorithms on operands of a problem's shape, and how to drop plans it keeps."""
     _tuning.rehearse, _tuning.forget = rehearse, forget
 
@@ -256,7 +267,7 @@ def _obstacle(p: Problem, algorithm: str) -> str | None:
 
 def _triton_obstacle(p: Problem) -> str | None:
     """Why no Triton kernel can compute this problem."""
-    if find_spec("triton") is None:
+    if not TRITON_IS_INSTALLED:
         return "Triton is not installed"
     if p.device != "cuda" and not (p.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return "Triton kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts"
@@ -276,7 +287,7 @@ def _triton_obstacle(p: Problem) -> str | None:
 CPU_UNFOLD_COLUMNS = 60
 CPU_UNFOLD_CHANNELS = 64
 CPU_FILTER_BLOCK = 16
-# A prediction is not exact: a Triton kernel is taken where it is predicted to need at most this share of the library's time.
+# A prediction is not exact: a Triton kernel is taken where it is predicted to need this share of the library's time.
 TRITON_MARGIN = 0.9
 
 

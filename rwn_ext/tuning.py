@@ -118,7 +118,7 @@ def _checked(content: Any) -> dict[str, dict[str, Times]]:
         raise ValueError(f"it is not of format {FORMAT}")
     if content.get("versions") != versions():
         raise ValueError(f"they were measured with {content.get('versions')}, this is {versions()}")
-    times = content.get("seconds")
+    times: Any = content.get("seconds")
     if not _is_dict_of(times, lambda problems: _is_dict_of(problems, _is_times)):
         raise ValueError("its entry 'seconds' is not device -> problem -> algorithm -> seconds")
     return times

@@ -71,7 +71,9 @@ class Case(NamedTuple):
         )
         return whole[self.chosen]
 
-    def actual(self, x: Tensor, grad_output: Tensor, out_dtype: torch.dtype, affine: Affine | None = None, **how) -> Tensor:
+    def actual(
+        self, x: Tensor, grad_output: Tensor, out_dtype: torch.dtype, affine: Affine | None = None, **how
+    ) -> Tensor:
         """By the kernels, into memory that holds NaN, in the input's memory format."""
         layout = NHWC if x.is_contiguous(memory_format=NHWC) and not x.is_contiguous() else NCHW
         seen = x[:, self.seen].contiguous(memory_format=layout)
@@ -88,8 +90,8 @@ class Case(NamedTuple):
         return self.n * self.output_size[2] * self.output_size[3]
 
 
-# Odd sizes: primes, one smaller than any tile, one learned filter, all of them, batch 1, crops (a padding wider than the
-# filter's border), scattered filters, filters in unequal numbers a group.
+# Odd sizes: primes, one smaller than any tile, one learned filter, all of them, batch 1, crops (a padding wider than
+# the filter's border), scattered filters, filters in unequal numbers a group.
 CASES = [
     Case("stationary", 2, 5, 7, 6, 8, (3, 3), (7, 8), padding=(1, 1)),
     Case("stationary", 1, 37, 5, 7, 6, (3, 3), (0, 6), padding=(1, 1)),
@@ -160,7 +162,9 @@ def test_many_splits_sum_to_the_same_by_one_launch_and_by_two():
     assert_close(one, LONG.expected(x, grad_output), LONG.length())
     assert_close(two, LONG.expected(x, grad_output), LONG.length())
     x, grad_output = operands(LONG, torch.float32, NHWC)
-    assert torch.equal(LONG.actual(x, grad_output, torch.float32, last_block=True).double(), LONG.expected(x, grad_output))
+    assert torch.equal(
+        LONG.actual(x, grad_output, torch.float32, last_block=True).double(), LONG.expected(x, grad_output)
+    )
 
 
 @pytest.mark.parametrize("case", [LONG, CASES[11], CASES[14], CASES[17]], ids=str)
