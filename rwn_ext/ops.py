@@ -440,8 +440,8 @@ def _(
 ) -> int:  # fmt: skip
     kernel_size, stride, padding, dilation = (tuple(pair) for pair in geometry[:4])
     groups, algorithm = geometry[4:6]
-    task = problem(
-        input.shape, grad_output.size(1), tuple(filters), kernel_size, stride, padding, dilation, groups, input.device,
-        memory_format(input), input.dtype,
+    task, _ = _planned(
+        float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), tuple(filters),
+        kernel_size, stride, padding, dilation, groups, input.device, memory_format(input), input.dtype,
     )  # fmt: skip
     return _flops(task, algorithm)

@@ -68,14 +68,19 @@ def assert_contract(case: dict, launches: list[dict]) -> None:
     assert ("sum_splits_kernel" in by_kernel) != bool(case.get("last_block"))
 
 
-@pytest.fixture(scope="module")
-def slice_outcomes() -> dict[str, list[dict]]:
-    return compiled(SLICE)
+def assert_contracts(cases: list[dict]) -> None:
+    outcomes, broken = compiled(cases), []
+    for case in cases:
+        try:
+            assert_contract(case, outcomes[name(case)])
+        except AssertionError as error:
+            broken.append(f"{name(case)}: {error}")
+    assert not broken, "\n".join(broken)
 
 
-@pytest.mark.parametrize("case", SLICE, ids=name)
-def test_a_slice_of_the_matrix_keeps_its_contract(case: dict, slice_outcomes: dict):
-    assert_contract(case, slice_outcomes[name(case)])
+def test_a_slice_of_the_matrix_keeps_its_contract():
+    """One test, so that its compilations share two processes."""
+    assert_contracts(SLICE)
 
 
 @pytest.mark.aot
@@ -87,11 +92,4 @@ def test_every_shipped_configuration_keeps_its_contract(dtype: str, arch: int):
         for shape in tiles.shipped(tiles.Operands(2 if dtype in ("bf16", "fp16") else 4, True, affine), arch):
             block = [shape.block_channels, shape.block_columns]
             cases.append({**LARGE, "arch": arch, "dtype": dtype, "affine": affine, "block": block})
-    outcomes = compiled(cases)
-    broken = []
-    for case in cases:
-        try:
-            assert_contract(case, outcomes[name(case)])
-        except AssertionError as error:
-            broken.append(f"{name(case)}: {error}")
-    assert not broken, "\n".join(broken)
+    assert_contracts(cases)
