@@ -2,4 +2,5 @@
 
 from setuptools import setup
 
-setup(packages=["rwn_ext", "rwn_ext.paper"])
+# rwn_ext/kernels is a link to kernels: the package is named in full, because no search for packages follows links.
+setup(packages=["rwn_ext", "rwn_ext.kernels", "rwn_ext.paper"])

@@ -56,6 +56,7 @@ class PartialConv2dFunction(torch.autograd.Function):
         kept = (input if seen is None else seen) if needs_weight else None
         ctx.save_for_backward(*(weights if needs_input else (None, None, None)), kept)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
+        ctx.weight_dtype = None if weight_trainable is None else weight_trainable.dtype
         return torch.convolution(
             input, merged_weight(weights, layer, input.dtype, "forward"),
             merged_bias(bias_trainable, bias_frozen, layer, input.dtype, "forward"), layer.stride, layer.padding,
@@ -74,12 +75,14 @@ class PartialConv2dFunction(torch.autograd.Function):
                 weight = merged_weight(weights, layer, grad_output.dtype, "backward")
                 if needs_weight and layer.seen is None:
                     grad_input, grad_weight = ops.conv2d_grads(
-                        grad_output, seen, weight, layer.filters, *geometry, layer.algorithm
+                        grad_output, seen, weight, layer.filters, *geometry, layer.algorithm, ctx.weight_dtype
                     )
                 else:
                     grad_input = ops.conv2d_input_grad(grad_output, weight, ctx.input_size, *geometry)
             if needs_weight and grad_weight is None:
-                grad_weight = ops.conv2d_weight_grad(grad_output, seen, layer.filters, *geometry, layer.algorithm)
+                grad_weight = ops.conv2d_weight_grad(
+                    grad_output, seen, layer.filters, *geometry, layer.algorithm, ctx.weight_dtype
+                )
             if needs_bias:
                 grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))
         return grad_input, None, grad_weight, None, None, grad_bias, None, None

@@ -155,7 +155,7 @@ def _settled(input: Tensor, layer: Layer, partition: Partition, dtype: torch.dty
     input = _cast(input.unsqueeze(0) if dimensions == 3 else input, dtype)
     if layer.algorithm != "auto":
         # Raises here, not in the middle of a backward pass, what cannot be computed as asked.
-        planner.plan(_problem(input, layer, partition), layer.algorithm)
+        planner.check(_problem(input, layer, partition), layer.algorithm)
     return input
 
 
@@ -171,6 +171,6 @@ def _cast(input: Tensor, dtype: torch.dtype) -> Tensor:
 def _problem(input: Tensor, layer: Layer, partition: Partition) -> planner.Problem:
     return ops.problem(
         (input.size(0), ops.run_length(partition.seen), *input.shape[2:]), partition.filters.size, layer.filters,
-        layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, input.device.type,
-        ops.memory_format(input),
+        layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, input.device,
+        ops.memory_format(input), input.dtype,
     )  # fmt: skip

@@ -11,7 +11,8 @@ registered op; else its implementation itself: that spares two thirds of the cos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from rwn_ext import costs, planner
 from rwn_ext.planner import Problem, plan
 from rwn_ext.subsets import Subset, run_indices, run_length
 
@@ -34,7 +36,7 @@ torch.library.define(
 torch.library.define(
     "rwn_ext::conv2d_weight_grad",
     "(Tensor grad_output, Tensor input, int[] filters, int[2] kernel_size, int[2] stride, int[2] padding, "
-    "int[2] dilation, int groups, str algorithm) -> Tensor",
+    "int[2] dilation, int groups, str algorithm, ScalarType? dtype=None) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -80,8 +82,9 @@ def conv2d_weight_grad(
     dilation: Pair,
     groups: int,
     algorithm: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The gradient of the filters `filters` alone, shape (Kt, Ct, R, S).
+    """The gradient of the filters `filters` alone, shape (Kt, Ct, R, S), in `dtype` (the input's by default).
 
     Equals `torch.nn.grad.conv2d_weight(...)[filters]`. `grad_output` (N, K, P, Q) is whole; `input` (N, C', H, W) holds
     the channels that `seen_channels` names: those of the groups that hold a learned filter. `groups` counts all groups.
@@ -89,9 +92,9 @@ def conv2d_weight_grad(
     """
     if transformed():
         # The others look at strides and view memory in ways that vmap does not follow.
-        return _weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, "full")
+        return _weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, "full", dtype)
     function = torch.ops.rwn_ext.conv2d_weight_grad if _watched() else _weight_grad
-    return function(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm)
+    return function(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, dtype)
 
 
 def conv2d_input_grad(
@@ -115,7 +118,7 @@ def conv2d_input_grad(
 
 def conv2d_grads(
     grad_output: Tensor, input: Tensor, weight: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str = "auto",
+    dilation: Pair, groups: int, algorithm: str = "auto", dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`conv2d_input_grad` and `conv2d_weight_grad` where the learned weights see all of the input.
 
@@ -125,15 +128,16 @@ def conv2d_grads(
     if not _watched():
         layout = memory_format(input)
         _, implementation = _planned(
-            input.shape, grad_output.size(1), filters, *geometry, input.device.type, layout, algorithm
-        )
+            float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), filters,
+            *geometry, input.device, layout, input.dtype,
+        )  # fmt: skip
         if implementation is _full:
             grad_input, whole, _ = torch.ops.aten.convolution_backward.default(
                 grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, True, False)
             )
-            return grad_input, _copied(whole, filters, layout)
+            return grad_input, _copied(whole, filters, layout).to(dtype or input.dtype)
     grad_input = conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry)
-    return grad_input, conv2d_weight_grad(grad_output, input, filters, *geometry, algorithm)
+    return grad_input, conv2d_weight_grad(grad_output, input, filters, *geometry, algorithm, dtype)
 
 
 def take(tensor: Tensor, runs: Runs, axis: int) -> Tensor:
@@ -171,7 +175,7 @@ def _gather_channels(tensor: Tensor, channels: Runs, layout: torch.memory_format
 
 def problem(
     input_size: tuple[int, ...], out_channels: int, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, device: str, layout: torch.memory_format,
+    dilation: Pair, groups: int, device: torch.device, layout: torch.memory_format, dtype: torch.dtype,
 ) -> Problem:  # fmt: skip
     """What the planner sees of a `conv2d_weight_grad` call."""
     touched = run_length(_touched_groups(filters, out_channels, groups))
@@ -179,8 +183,29 @@ def problem(
     return Problem(
         batch=batch, channels=channels, height=height, width=width, filters=out_channels // groups * touched,
         learned=run_length(filters), kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
-        groups=max(touched, 1), device=device, channels_last=layout == torch.channels_last,
+        groups=max(touched, 1), device=device.type, channels_last=layout == torch.channels_last,
+        dtype=str(dtype).removeprefix("torch."), precision=float32_precision(device, dtype), chip=_chip(device),
     )  # fmt: skip
+
+
+def float32_precision(device: torch.device, dtype: torch.dtype) -> str:
+    """How float32 is multiplied on a GPU, as torch's flags allow a convolution: "tf32", "tf32x3" or "ieee".
+
+    "tf32x3" (three products, nearly exact) is what a matrix product's permission for tf32 gives a convolution without.
+    """
+    if device.type != "cuda" or dtype != torch.float32:
+        return "ieee"
+    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        return "tf32"
+    return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@lru_cache(maxsize=64)
+def _chip(device: torch.device) -> costs.Chip:
+    if device.type != "cuda":
+        return costs.H200
+    found = torch.cuda.get_device_properties(device)
+    return costs.chip(found.name, found.multi_processor_count, 10 * found.major + found.minor)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
@@ -273,20 +298,24 @@ def _empty_whole(learned: Tensor, fixed: Tensor, axis: int) -> Tensor:
 
 def _weight_grad(
     grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str,
+    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     filters, layout = tuple(filters), memory_format(input)
     task, implementation = _planned(
-        input.shape, grad_output.size(1), filters, tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation),
-        groups, input.device.type, layout, algorithm,
+        float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), filters,
+        tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups, input.device, layout, input.dtype,
     )  # fmt: skip
-    return implementation(grad_output, input, filters, task, groups).contiguous(memory_format=layout)
+    dtype = dtype or input.dtype
+    grad_weight = implementation(grad_output, input, filters, task, groups, dtype)
+    return grad_weight.to(dtype).contiguous(memory_format=layout)
+
+
+Implementation = Callable[[Tensor, Tensor, Runs, Problem, int, torch.dtype], Tensor]
 
 
 @lru_cache(maxsize=4096)
-def _planned(*arguments: Any) -> tuple[Problem, Callable[[Tensor, Tensor, Runs, Problem, int], Tensor]]:
+def _planned(precision: str, algorithm: str, *geometry: Any) -> tuple[Problem, Implementation]:
     """The problem of these arguments and the implementation of its plan, in one look-up."""
-    *geometry, algorithm = arguments
     task = problem(*geometry)
     return task, _ALGORITHMS[plan(task, algorithm).algorithm]
 
@@ -297,12 +326,12 @@ torch.library.impl("rwn_ext::conv2d_weight_grad", "CompositeExplicitAutograd", _
 @torch.library.register_fake("rwn_ext::conv2d_weight_grad")
 def _(
     grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str,
+    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     # int: a compiler may hold the number of filters for one that varies; which groups are touched, it then does not.
     touched = run_length(_touched_groups(tuple(filters), int(grad_output.size(1)), groups))
     shape = (run_length(filters), input.size(1) // touched, *kernel_size)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    return torch.empty(shape, dtype=dtype or input.dtype, device=input.device, memory_format=memory_format(input))
 
 
 class _GroupClass(NamedTuple):
@@ -344,7 +373,7 @@ def _scaled(runs: Runs, factor: int) -> Runs:
     return tuple(edge * factor for edge in runs)
 
 
-def _full(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
+def _full(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """The library's weight gradient of every filter in the touched groups, then the learned ones of it."""
     candidates, rows = _candidates(filters, grad_output.size(1), groups)
     whole = _library_weight_grad(_gather_channels(grad_output, candidates, memory_format(input)), input, p, p.groups)
@@ -367,7 +396,7 @@ def _candidates(filters: Runs, out_channels: int, groups: int) -> tuple[Runs, Ru
     return candidates, Subset.from_indices(len(place), [place[k] for k in run_indices(filters)]).runs
 
 
-def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
+def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """The library's weight gradient of the learned filters alone, one call a class of groups."""
     classes, layout = _group_classes(filters, grad_output.size(1), groups), memory_format(input)
     parts = [
@@ -396,14 +425,14 @@ def _library_weight_grad(grad_output: Tensor, input: Tensor, p: Problem, groups:
     )[1]
 
 
-def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
+def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """1x1 filters: grad_output^T (Kt x NPQ) times the visited pixels of the input (NPQ x C)."""
     visited = input[:, :, :: p.stride[0], :: p.stride[1]]
     product = _pixels(take(grad_output, filters, 1)).t() @ _pixels(visited)
     return product[:, :, None, None]
 
 
-def _unfold(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int) -> Tensor:
+def _unfold(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """Few filters: the input stays a matrix (NHW x C), the small side is unfolded to (NHW x R*S*Kt).
 
     grad_W[k,c,r,s] = sum over n,h,w of input[n,c,h,w] * G[n,k,h + pad - r*dilation, w + pad - s*dilation], where G is
@@ -439,29 +468,68 @@ def _pixels(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.size(1))
 
 
-_ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Runs, Problem, int], Tensor]] = {
+def _triton(
+    family: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
+) -> Tensor:
+    """A Triton kernel's gradient, rounded once, from float32 sums to `dtype`."""
+    if torch.is_grad_enabled() and (grad_output.requires_grad or input.requires_grad):
+        # Double backward goes through aten.
+        return _gather(grad_output, input, filters, p, groups, dtype)
+    kernels = _triton_kernels()
+    shape = (p.learned, p.channels // p.groups, *p.kernel_size)
+    out = torch.empty(shape, dtype=dtype, device=input.device, memory_format=memory_format(input))
+    return kernels.weight_grad(
+        family, grad_output, input, kernels.Filters(filters, grad_output.size(1), groups), p.kernel_size, p.stride,
+        p.padding, p.dilation, out=out, precision=p.precision,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _triton_kernels() -> Any:
+    """The launchers, imported at their first use: Triton is not there on every machine, and takes a while."""
+    return import_module("rwn_ext.kernels.weight_grad")
+
+
+_ALGORITHMS: dict[str, Implementation] = {
     "full": _full,
     "gather": _gather,
     "matmul": _matmul,
     "unfold": _unfold,
+    **{family: partial(_triton, family) for family in costs.TRITON},
 }
+
+
+def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Tensor]]:
+    """Each algorithm on operands of this problem's shape, for the planner to measure."""
+    dtype, layout = getattr(torch, p.dtype), torch.channels_last if p.channels_last else torch.contiguous_format
+    sizes = (p.batch, p.channels, p.height, p.width), (p.batch, p.filters, *p.output_size)
+    input, grad_output = (torch.randn(size, dtype=dtype, device=p.device).to(memory_format=layout) for size in sizes)
+    per_group = -(-p.learned // p.groups)
+    learned = [k for k in range(p.filters) if k % (p.filters // p.groups) < per_group][: p.learned]
+    runs = Subset.from_indices(p.filters, learned).runs
+    return {name: partial(_ALGORITHMS[name], grad_output, input, runs, p, p.groups, dtype) for name in algorithms}
+
+
+planner.connect(_rehearse, _planned.cache_clear)
 
 
 def _flops(p: Problem, algorithm: str) -> int:
     """Multiply-adds, times two, of one weight gradient as it is really computed."""
     chosen = plan(p, algorithm).algorithm
     columns = p.filters if chosen == "full" else p.learned
-    pixels = p.height * p.width if chosen == "unfold" else p.output_size[0] * p.output_size[1]
+    pixels = p.height * p.width if chosen in ("unfold", "stationary") else p.output_size[0] * p.output_size[1]
     return 2 * p.batch * pixels * columns * (p.channels // p.groups) * p.kernel_size[0] * p.kernel_size[1]
 
 
 @register_flop_formula(torch.ops.rwn_ext.conv2d_weight_grad, get_raw=True)
 def _(
-    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str, out_val: Any = None,
+    grad_output: Tensor, input: Tensor, filters: Runs, *geometry: Any, dtype: torch.dtype | None = None,
+    out_val: Any = None,
 ) -> int:  # fmt: skip
+    kernel_size, stride, padding, dilation = (tuple(pair) for pair in geometry[:4])
+    groups, algorithm = geometry[4:6]
     task, _ = _planned(
-        input.shape, grad_output.size(1), tuple(filters), tuple(kernel_size), tuple(stride), tuple(padding),
-        tuple(dilation), groups, input.device.type, memory_format(input), algorithm,
+        float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), tuple(filters),
+        kernel_size, stride, padding, dilation, groups, input.device, memory_format(input), input.dtype,
     )  # fmt: skip
     return _flops(task, algorithm)

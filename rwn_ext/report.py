@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwn_ext.modules import PartialConv2d
-from rwn_ext.planner import plan, requested
+from rwn_ext.planner import plan, problems, requested
 
 
 def describe(model: nn.Module, example: Tensor | None = None) -> str:
@@ -85,22 +85,5 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def _algorithms(model: nn.Module, example: Tensor) -> dict[nn.Module, str]:
-    planned: dict[nn.Module, str] = {}
-
-    def look(module: PartialConv2d, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        problem = module.problem(args[0] if args else kwargs["input"])
-        planned[module] = plan(problem, requested(module.algorithm)).algorithm
-
-    hooks = [
-        m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules() if isinstance(m, PartialConv2d)
-    ]
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return planned
+    found = problems(model, example)
+    return {layer: plan(problem, requested(layer.algorithm)).algorithm for layer, problem in found.items()}

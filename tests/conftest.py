@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,10 @@ hypothesis.settings.load_profile("rwn_ext")
 
 # On tensors this small threads only wait for each other.
 torch.set_num_threads(1)
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels then run on CPU tensors, in the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICES = [pytest.param("cpu", id="cpu")]
 if torch.cuda.is_available():
@@ -84,4 +89,5 @@ def poisoned_memory_and_seed() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_forced_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RWN_EXT_ALGORITHM", raising=False)
+    for name in ("RWN_EXT_ALGORITHM", "RWN_EXT_TUNE"):
+        monkeypatch.delenv(name, raising=False)

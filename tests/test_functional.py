@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rwn_ext import PartialConv2d, partial_conv2d
+from rwn_ext import PartialConv2d, costs, partial_conv2d
 from rwn_ext.partition import Partition
 from rwn_ext.planner import ALGORITHMS
 from rwn_ext.subsets import Subset, choose
@@ -112,7 +112,7 @@ def test_equals_dense_for_every_algorithm(case: Case, device: str):
     with torch.no_grad():
         cotangent = integers(*conv(x).shape, device=device)
     output, grad_input, grads = dense(conv, x, cotangent)
-    for algorithm in ("auto", *ALGORITHMS):
+    for algorithm in ("auto", *(name for name in ALGORITHMS if name not in costs.TRITON)):  # these know no float64
         layer = PartialConv2d.from_conv2d(
             conv, trainable=case.filters, trainable_inputs=case.inputs, algorithm=algorithm
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROBE = "import rwn_ext, rwn_ext.paper.networks; print(rwn_ext.__file__)"
+PROBE = "import rwn_ext, rwn_ext.kernels.tiles, rwn_ext.paper.networks; print(rwn_ext.__file__)"
 
 
 def run(*command: object, cwd: Path) -> str:

@@ -4,9 +4,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rwn_ext import PartialConv2d, planner
-from rwn_ext.planner import ALGORITHMS, Problem, explain, plan
+from rwn_ext import PartialConv2d, costs, planner
+from rwn_ext.planner import ALGORITHMS, FAMILIES, Problem, explain, plan
+
+
+@pytest.fixture(autouse=True)
+def no_remembered_plans():
+    plan.cache_clear()
+    yield
+    plan.cache_clear()
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
 
 LAYER = Problem(2, 64, 32, 32, 64, 6, (3, 3), padding=(1, 1), channels_last=True)
 
@@ -41,6 +56,14 @@ def test_heuristic(change: dict, picked: str):
         ({"kernel_size": (1, 1)}, "matmul", "padding"),
         ({"kernel_size": (1, 1), "padding": (0, 0), "groups": 2}, "matmul", "2"),
         ({"groups": 4}, "unfold", "4"),
+        ({"groups": 4}, "swapped", "4"),
+        ({}, "pointwise", "1x1"),
+        ({}, "depthwise", "64"),
+        ({"dtype": "float64"}, "stationary", "float64"),
+        ({"dtype": "float64"}, "triton", "float64"),
+        ({"device": "cuda", "chip": replace(costs.A100, arch=75)}, "triton", "sm_75"),
+        ({"device": "mps"}, "stationary", "GPU"),
+        ({"batch": 2**25}, "stationary", "32 bits"),
     ],
     ids=str,
 )
@@ -48,20 +71,118 @@ def test_what_cannot_be_is_refused_with_a_reason(change: dict, algorithm: str, w
     problem = replace(LAYER, **change)
     with pytest.raises(ValueError, match=f"'{algorithm}' cannot compute .*: .*{why}"):
         plan(problem, algorithm)
-    assert any(line.strip().startswith(f"cannot be {algorithm}: ") for line in explain(problem).splitlines())
+    for name in FAMILIES.get(algorithm, (algorithm,)):
+        assert any(line.strip().startswith(f"cannot be {name}: ") for line in explain(problem).splitlines())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_forcing_is_obeyed_and_a_layer_that_learns_nothing_needs_nothing(algorithm: str):
+def test_forcing_is_obeyed_and_a_layer_that_learns_nothing_needs_nothing(algorithm: str, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert plan(replace(LAYER, learned=0), algorithm).algorithm == "none"
     if algorithm != "none":
-        possible = replace(LAYER, kernel_size=(1, 1), padding=(0, 0))
+        groups = 64 if algorithm == "depthwise" else 1
+        possible = replace(LAYER, kernel_size=(1, 1), padding=(0, 0), groups=groups)
         assert plan(possible, algorithm).algorithm == algorithm
+
+
+@pytest.mark.parametrize(
+    ("change", "picked"),
+    [
+        ({}, "stationary"),
+        ({"kernel_size": (1, 1), "padding": (0, 0)}, "pointwise"),
+        ({"channels": 3, "learned": 64}, "swapped"),
+        ({"groups": 64}, "depthwise"),
+        ({"groups": 4}, "stationary"),
+    ],
+    ids=str,
+)
+def test_triton_stands_for_its_best_kernel(change: dict, picked: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    problem = replace(LAYER, batch=256, height=56, width=56, **change)
+    assert plan(problem, "triton").algorithm == picked
+    assert plan(replace(problem, device="cuda", dtype="bfloat16"), "triton").algorithm == picked
+
+
+def test_on_a_cpu_triton_is_never_the_planner_s_choice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for learned in range(1, 65):
+        assert plan(replace(LAYER, learned=learned)).algorithm not in costs.TRITON
+    assert not set(planner.candidates(LAYER)) & set(costs.TRITON)
+
+
+def test_without_a_gpu_or_triton_it_says_so(no_interpreter, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="GPU, or TRITON_INTERPRET=1"):
+        plan(LAYER, "triton")
+    assert "cannot be stationary: Triton kernels need a GPU, or TRITON_INTERPRET=1" in explain(LAYER)
+    on_gpu = replace(LAYER, batch=256, device="cuda", dtype="bfloat16", height=56, width=56)
+    assert plan(on_gpu).algorithm == "stationary"
+    plan.cache_clear()
+    monkeypatch.setattr(planner, "TRITON_IS_INSTALLED", False)
+    assert plan(on_gpu).algorithm in costs.LIBRARIES
+    assert "cannot be stationary: Triton is not installed" in explain(on_gpu)
+
+
+@st.composite
+def gpu_problems(draw) -> Problem:
+    groups = draw(st.sampled_from([1, 1, 1, 4, 32]))
+    filters = groups * draw(st.integers(1, 256))
+    size, kernel = draw(st.integers(1, 256)), draw(st.sampled_from([1, 3, 5, 7]))
+    return Problem(
+        batch=draw(st.integers(1, 256)), channels=groups * draw(st.integers(1, 256)), height=size, width=size,
+        filters=filters, learned=draw(st.integers(groups, filters)), kernel_size=(kernel, kernel),
+        stride=draw(st.sampled_from([(1, 1), (2, 2)])), padding=(kernel // 2, kernel // 2), groups=groups,
+        device="cuda", channels_last=draw(st.booleans()), dtype=draw(st.sampled_from(["bfloat16", "float32"])),
+        precision=draw(st.sampled_from(["tf32", "ieee"])), chip=draw(st.sampled_from(costs.CHIPS)),
+    )  # fmt: skip
+
+
+@given(problem=gpu_problems())
+def test_on_a_gpu_nothing_is_picked_that_is_predicted_slower_than_the_library(problem: Problem):
+    predicted = {name: cost(problem).seconds for name, cost in (costs.LIBRARIES | costs.TRITON).items()}
+    picked = plan(problem).algorithm
+    best = min(predicted[name] for name in costs.LIBRARIES)
+    assert predicted[picked] == best or (picked in costs.TRITON and predicted[picked] < best)
+    floor = costs.floor(problem)
+    for name, cost in (costs.LIBRARIES | costs.TRITON).items():
+        if not planner._obstacle(problem, name):
+            assert cost(problem).seconds >= floor.seconds, name
+
+
+@pytest.mark.parametrize("chip", costs.CHIPS, ids=lambda chip: chip.name)
+def test_chips_are_known_by_torch_s_name_for_them(chip: costs.Chip):
+    found = costs.chip(f"NVIDIA {chip.name} 80GB HBM3", 100, 90)
+    assert (found.bandwidth, found.half, found.multiprocessors) == (chip.bandwidth, chip.half, 100)
+
+
+def test_an_unknown_chip_is_an_a100_of_its_size():
+    found = costs.chip("NVIDIA L4", costs.A100.multiprocessors // 2, 89)
+    assert (found.name, found.arch, found.bandwidth) == ("NVIDIA L4", 89, costs.A100.bandwidth / 2)
+
+
+def test_explain_on_a_gpu_shows_times_bytes_and_the_floor():
+    """Bytes by hand: bfloat16, 128 x 32 x 32 pixels; 160 channels of input, 2 of 160 filters, 3x3."""
+    problem = Problem(
+        128, 160, 32, 32, 160, 2, (3, 3), padding=(1, 1), device="cuda", channels_last=True, dtype="bfloat16"
+    )
+    text = explain(problem)
+    least = 2 * (128 * 32 * 32 * (160 + 2) + 2 * 160 * 9)
+    assert f"floor {1e6 * least / 4.3e12:.1f} us, {least / 1e6:.1f} MB at the rates of H200" in text
+    assert "picked stationary" in text and "bfloat16 channels_last on H200" in text
+    for name in ("full", "gather", "stationary"):
+        assert f"  {name} predicted: " in text
+    assert "pointwise predicted" not in text
 
 
 def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch):
     text = explain(LAYER)
-    for part in ("6 of 64 filters 3x3", "(2, 64, 32, 32)", "channels_last on cpu", "picked unfold", "54 columns"):
+    for part in (
+        "6 of 64 filters 3x3",
+        "(2, 64, 32, 32)",
+        "float32 channels_last on cpu",
+        "picked unfold",
+        "54 columns",
+        " MB are read",
+    ):
         assert part in text
     assert "cannot be matmul: it needs 1x1" in text and "cannot be gather" not in text
     assert "picked full" in explain(LAYER, "full") and "asked for" in explain(LAYER, "full")
@@ -72,6 +193,9 @@ def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch):
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="algorithm='fast' is unknown; choose auto, none, full"):
         planner.requested("fast")
+    with pytest.raises(ValueError, match=r"depthwise, triton$"):
+        planner.requested("fast")
+    assert planner.requested("triton") == "triton"
     monkeypatch.setenv("RWN_EXT_ALGORITHM", "")
     with pytest.raises(ValueError, match="RWN_EXT_ALGORITHM=''"):
         planner.requested(None)

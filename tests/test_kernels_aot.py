@@ -1,0 +1,95 @@
+"""Ahead-of-time contracts: what each path compiles to for sm_80, sm_90 and sm_100, checked without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from rwn_ext.kernels import tiles
+
+ROOT = Path(__file__).parents[1]
+ARCHS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Of `correlate_kernel` where C % 8 == 0: the tensor core's instruction by architecture; the still operand comes in
+# 16-byte copies. A prologue on sm_100, and float32, use the older instruction on purpose; ieee is no tensor core's.
+TENSOR = {80: ("mma",), 90: ("mma", "wgmma"), 100: ("mma", "tcgen05")}
+LARGE = {"size": [32, 128, 32, 32, 128, 3, 3], "runs": [120, 128], "dtype": "bf16", "family": "stationary"}
+SLICE = [
+    {**LARGE, "arch": 90},
+    {**LARGE, "arch": 80, "channels_last": False},
+    {**LARGE, "arch": 100, "dtype": "fp16", "runs": [127, 128]},
+    {**LARGE, "arch": 90, "affine": True},
+    {**LARGE, "arch": 80, "dtype": "tf32"},
+    {**LARGE, "arch": 90, "dtype": "ieee", "last_block": True},
+    {**LARGE, "arch": 90, "family": "depthwise", "groups": 128},
+]
+
+
+def name(case: dict) -> str:
+    parts = [case["family"], case["dtype"], f"sm_{case['arch']}", *map(str, case.get("block", ()))]
+    flags = [flag for flag in ("affine", "last_block") if case.get(flag)]
+    return "-".join([*parts, *flags, "nhwc" if case.get("channels_last", True) else "nchw"])
+
+
+def compiled(cases: list[dict]) -> dict[str, list[dict]]:
+    """In a process where the kernels were not imported for the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "aot.py", "2"],
+        input=json.dumps(cases), env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(zip(map(name, cases), json.loads(done.stdout), strict=True))
+
+
+def assert_contract(case: dict, launches: list[dict]) -> None:
+    by_kernel = {launch["kernel"]: launch for launch in launches}
+    for launch in launches:
+        assert launch["spill"] == 0 and launch["stack"] == 0, launch
+        assert launch["shared"] <= SHARED_LIMIT[case["arch"]], launch
+    if case["family"] == "depthwise":
+        assert by_kernel["depthwise_kernel"]["ffma"], by_kernel
+        assert not case.get("channels_last", True) or by_kernel["depthwise_kernel"]["load16"], by_kernel
+        return
+    product = by_kernel["correlate_kernel"]
+    assert product["async16"] or product["load16"], product
+    if case["dtype"] == "ieee":
+        assert product["ffma"] and not any(product[mark] for mark in ("mma", "wgmma", "tcgen05")), product
+    else:
+        assert any(product[mark] for mark in TENSOR[case["arch"]]), product
+    assert bool(product["atomic"]) == bool(case.get("last_block")), product
+    assert ("sum_splits_kernel" in by_kernel) != bool(case.get("last_block"))
+
+
+def assert_contracts(cases: list[dict]) -> None:
+    outcomes, broken = compiled(cases), []
+    for case in cases:
+        try:
+            assert_contract(case, outcomes[name(case)])
+        except AssertionError as error:
+            broken.append(f"{name(case)}: {error}")
+    assert not broken, "\n".join(broken)
+
+
+def test_a_slice_of_the_matrix_keeps_its_contract():
+    """One test, so that its compilations share two processes."""
+    assert_contracts(SLICE)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32", "tf32x3", "ieee"])
+def test_every_shipped_configuration_keeps_its_contract(dtype: str, arch: int):
+    cases = []
+    for affine in (False, True):
+        for shape in tiles.shipped(tiles.Operands(2 if dtype in ("bf16", "fp16") else 4, True, affine), arch):
+            block = [shape.block_channels, shape.block_columns]
+            cases.append({**LARGE, "arch": arch, "dtype": dtype, "affine": affine, "block": block})
+    assert_contracts(cases)
