@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 def depthwise_kernel(
     grad_ptr, input_ptr, grad_index_ptr, input_index_ptr, scale_ptr, shift_ptr, partials_ptr,
-    pixels, split_pixels, image, width, learned, first, height_in, width_in,
+    pixels, split_pixels, image, width, learned, height_in, width_in,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     grad_n, grad_h, grad_w, grad_c, input_n, input_h, input_w, input_c,
     R: tl.constexpr, S: tl.constexpr,
@@ -36,7 +36,7 @@ def depthwise_kernel(
         grad_channel = tl.load(grad_index_ptr + k, mask=k < learned, other=0)
         input_channel = tl.load(input_index_ptr + k, mask=k < learned, other=0)
     else:
-        grad_channel = first + k
+        grad_channel = k
         input_channel = k
     grad_ptr += grad_channel.to(tl.int64) * grad_c
     input_ptr += input_channel.to(tl.int64) * input_c

@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 def halo_gather_kernel(
     source_ptr, out_ptr, index_ptr, scale_ptr, shift_ptr, counters_ptr,
-    positions, image, width, top, left, source_height, source_width, first, valid, depth, counters,
+    positions, image, width, top, left, source_height, source_width, valid, depth, counters,
     source_n, source_h, source_w, source_c,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
     POSITIONS_FASTEST: tl.constexpr, HAS_INDEX: tl.constexpr, PROLOGUE: tl.constexpr, BLOCK_COUNTERS: tl.constexpr,
@@ -30,7 +30,7 @@ def halo_gather_kernel(
         channel = tl.load(index_ptr + k, mask=k < depth, other=-1)
         chosen = channel >= 0
     else:
-        channel = first + k
+        channel = k
         chosen = k < valid
     n = position // image
     within = position % image

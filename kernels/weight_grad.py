@@ -197,13 +197,16 @@ def _gather(
 ) -> Tensor:
     """(N, *size, groups * depth): the chosen channels of (N, C, H, W), `step` apart, behind a border of zeros."""
     depth = slots.groups * slots.depth
+    if slots.channels is None:
+        # A pointer to the first channel shows its alignment, a number added to one would not.
+        source = source.narrow(1, slots.first, slots.valid)
     out = torch.empty(source.size(0), *size, depth, dtype=source.dtype, device=source.device)
     positions, block_depth = out.numel() // depth, min(triton.next_power_of_2(depth), 64)
     block_positions = 1024 // block_depth
     scale, shift = affine or (source, source)
     halo_gather_kernel[(triton.cdiv(positions, block_positions), triton.cdiv(depth, block_depth))](
         source, out, _or(slots.channels, source), scale, shift, _or(counters, source),
-        positions, size[0] * size[1], size[1], *border, source.size(2), source.size(3), slots.first, slots.valid, depth,
+        positions, size[0] * size[1], size[1], *border, source.size(2), source.size(3), slots.valid, depth,
         COUNTERS, *_nhwc(source),
         STEP_H=step[0], STEP_W=step[1], BLOCK_POSITIONS=block_positions, BLOCK_DEPTH=block_depth,
         POSITIONS_FASTEST=source.stride(1) != 1, HAS_INDEX=slots.channels is not None, PROLOGUE=affine is not None,
@@ -268,6 +271,8 @@ def _depthwise(
     (r, s), (p, q) = geometry.kernel_size, grad_output.shape[2:]
     learned, pixels = out.size(0), grad_output.size(0) * p * q
     pairs = _channel_pairs(filters, input.device)
+    if pairs is None:
+        grad_output = grad_output.narrow(1, filters.runs[0], learned)
     block = tiles.cut_depthwise(pixels, learned, r * s, multiprocessors=_chip(input.device)[0])
     partials = torch.empty(block.splits * learned * r * s, dtype=torch.float32, device=input.device)
     scale, shift = affine or (input, input)
@@ -276,7 +281,7 @@ def _depthwise(
         (triton.cdiv(learned, block.block_channels), triton.cdiv(r * s, tiles.TAPS), block.splits)
     ](
         grad_output, input, _or(pairs and pairs[0], input), _or(pairs and pairs[1], input), scale, shift, partials,
-        pixels, block.split_pixels, p * q, q, learned, filters.runs[0], input.size(2), input.size(3),
+        pixels, block.split_pixels, p * q, q, learned, input.size(2), input.size(3),
         *geometry.stride, *geometry.padding, *geometry.dilation, *_nhwc(grad_output), *_nhwc(input),
         R=r, S=s, BLOCK_TAPS=tiles.TAPS, BLOCK_PIXELS=block.block_pixels, BLOCK_CHANNELS=block.block_channels,
         PIXELS_FASTEST=fastest, HAS_INDEX=pairs is not None, PROLOGUE=affine is not None, num_warps=4,
