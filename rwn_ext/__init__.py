@@ -3,10 +3,12 @@
 from rwn_ext.convert import convert, merge_state_dict, restore, set_subsets_, split_state_dict, subsets
 from rwn_ext.functional import partial_conv2d
 from rwn_ext.modules import PartialConv2d
+from rwn_ext.selection import gradient_norms
 
 __all__ = [
     "PartialConv2d",
     "convert",
+    "gradient_norms",
     "merge_state_dict",
     "partial_conv2d",
     "restore",
