@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwn_ext.draw import draw_
 from rwn_ext.modules import PARTS, PartialConv2d
 from rwn_ext.report import describe
 
@@ -26,6 +27,7 @@ def convert(
     seed: int | torch.Generator | None = None,
     frozen: str = "random",
     algorithm: str | None = None,
+    draw_seed: int | None = None,
     skip: str | Iterable[str] = (),
     verbose: bool = False,
     example: Tensor | None = None,
@@ -38,6 +40,8 @@ def convert(
         trainable: one choice for all layers (see `PartialConv2d`), or a dict from name patterns to choices, such as
             `{"layer1.*": 0, "layer4.*": 0.5, "*.downsample.*": 1.0}`. The last pattern that matches a layer's name
             decides; a layer that none matches stays an nn.Conv2d.
+        draw_seed: give the converted layers new initial values, drawn from this seed by `rwn_ext.draw_`, for which a
+            compact checkpoint needs no more than the seed; default: they keep their values.
         skip: names or patterns of layers to leave as they are.
         verbose: print a table of the layers; with `example`, an input of the model, also the planned algorithms.
         (the others as for `PartialConv2d`; one `seed` draws all layers, each differently)
@@ -75,6 +79,8 @@ def convert(
         listed = "; ".join(f"{name or 'the model'} ({why})" for name, why in left.items())
         warnings.warn(f"left as they are, learning all they learned before: {listed}", stacklevel=2)
     model = _replace(model, replacements)
+    if draw_seed is not None:
+        draw_(model, draw_seed, layers=[name for name, conv in convs.items() if conv in replacements])
     if verbose:
         print(describe(model, example))
     return model

@@ -181,11 +181,15 @@ class PartialConv2d(nn.Module):
                 f"{', '.join(computed)} is parametrized or pruned, so it has no values of its own to reset"
             )
         conv = self._new_conv2d(nn.Conv2d)
-        with torch.no_grad():
-            for name, value in self._split(conv.weight, conv.bias).items():
-                if value is not None:
-                    parameter = self.get_parameter(name)
-                    parameter.copy_(_laid_out_as(parameter, value))
+        self.set_initial_(conv.weight, conv.bias)
+
+    @torch.no_grad()
+    def set_initial_(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Takes the values of this whole weight and bias; what is fixed becomes zero if this layer wants it so."""
+        for name, value in self._split(weight, bias).items():
+            if value is not None:
+                parameter = self.get_parameter(name)
+                parameter.copy_(_laid_out_as(parameter, value))
 
     def set_trainable_(
         self,
