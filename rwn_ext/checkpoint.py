@@ -1,7 +1,7 @@
 """Compact checkpoints: what was learned, and from what the rest is made again.
 
-The fixed part of a network is a seed (`rwn_ext.draw_`, `rwn_ext.paper.networks.build(..., seed=)`), zeros, or a backbone
-that many tasks share. A file holds the rest, in safetensors, which runs no code when it is read:
+The fixed part of a network is a seed (`rwn_ext.draw_`, `rwn_ext.paper.networks.build(..., seed=)`), zeros, or a
+backbone that many tasks share. A file holds the rest, in safetensors, which runs no code when it is read:
 
 * for each weight and bias of a PartialConv2d, the smallest block of filters and input channels outside of which it is,
   bit for bit, what its origin says: that is the learned block, and more only if other filters were learned before;
@@ -42,11 +42,11 @@ def save_compact(
     Args:
         seed: the fixed weights are what `draw_(model, seed, init=init)` draws.
         init: likewise; `paper.networks` draws DenseNet's as "normal", the others' as "uniform".
-        base: instead of a seed, the state dict of the backbone that the fixed weights are from. It must be at hand again
-            when the file is loaded: one backbone and N tasks are one large file and N small ones.
+        base: instead of a seed, the state dict of the backbone that the fixed weights are from. It must be at hand
+            again when the file is loaded: one backbone and N tasks are one large file and N small ones.
 
-    Raises ValueError if neither or both are given, and if the fixed weights are not from there; no file is then written.
-    Fixed weights that were learned before a `set_trainable_` are no obstacle: they are stored.
+    Raises ValueError if neither or both are given, and if the fixed weights are not from there; nothing is then
+    written. Fixed weights that were learned before a `set_trainable_` are no obstacle: they are stored.
     """
     if (seed is None) == (base is None):
         raise ValueError("give the seed that the fixed weights were drawn from, or the backbone as base=, not both")
@@ -67,8 +67,8 @@ def save_compact(
             fixed, found = True, found or not around.is_whole
     if fixed and not found:
         raise ValueError(
-            f"nothing of the fixed weights is what {source} says; give the seed and init that the network was drawn with, "
-            "or the backbone as base="
+            f"nothing of the fixed weights is what {source} says; give the seed and init that the network was drawn "
+            "with, or the backbone as base="
         )
     layout = json.dumps({"source": source.entry(), "subsets": subsets(model), "blocks": blocks})
     metadata = {"format": FORMAT, "layout": layout, "sha256": _content_hash(stored, layout)}
@@ -254,7 +254,7 @@ def _content_hash(stored: State, layout: str) -> str:
 def _hash(tensor: Tensor) -> str:
     """SHA-256 of type, shape and bytes in C order."""
     head = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    head.update(memoryview(_bits(tensor).contiguous().flatten().view(torch.uint8).numpy()))
+    head.update(_bits(tensor).contiguous().flatten().view(torch.uint8).numpy().data)
     return head.hexdigest()
 
 

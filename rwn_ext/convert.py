@@ -177,17 +177,15 @@ def split_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
     divided = dict(state_dict)
     for name, layer in _partial(model).items():
         prefix = f"{name}." if name else ""
-        shapes = {
-            "weight": (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size),
-            "bias": (layer.out_channels,),
-        }
         for whole in PARTS:
             value = divided.get(prefix + whole)
             if value is None:
                 continue
-            if value.shape != shapes[whole]:
+            shape = layer._shape(whole)
+            if shape is None or value.shape != shape:
                 raise ValueError(
-                    f"{prefix}{whole} has shape {tuple(value.shape)} in the state dict, {shapes[whole]} in the model"
+                    f"{prefix}{whole} has shape {tuple(value.shape)} in the state dict, "
+                    f"{shape and tuple(shape)} in the model"
                 )
             parts = layer.partition.split_weight(value) if whole == "weight" else layer.partition.split_bias(value)
             entries = {prefix + part: value for part, value in parts.items() if value is not None}

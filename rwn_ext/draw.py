@@ -9,12 +9,12 @@ Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
   b = i div 4
 * uniform in (-bound, bound): ((word + 0.5) * 2^-31 - 1) * bound
 * normal: std * z((word + 0.5) * 2^-32), z the inverse of the normal distribution function by Wichura's rational
-  approximations (1988, algorithm AS 241, PPND7: 7 digits). In the tails they take sqrt(-log p); the logarithm is made of
-  the exponent of p and a series of its mantissa, the square root by five of Heron's steps.
+  approximations (1988, algorithm AS 241, PPND7: 7 digits). In the tails they take sqrt(-log p); the logarithm is made
+  of the exponent of p and a series of its mantissa, the square root by five of Heron's steps.
 
-All of it is float64 arithmetic of single + - * /, each rounded once as IEEE 754 demands, then one rounding to float32 and,
-for another dtype, one more. No value depends on `log`, `cos` or `sqrt` of a library, which differ between machines, nor
-on the values of other tensors.
+All of it is float64 arithmetic of single + - * /, each rounded once as IEEE 754 demands, then one rounding to float32
+and, for another dtype, one more. No value depends on a library's `log`, `cos` or `sqrt`, which differ between machines,
+nor on the values of other tensors.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def draw_(model: nn.Module, seed: int, *, init: str = "uniform", layers: Iterabl
             N(0, sqrt(2 / (R S K))), He's by fan-out; biases and linear layers are uniform either way.
         layers: names of the layers to draw; default: all.
 
-    Other layers stay as they are. Fixed filters of `frozen="zero"` stay zero. Returns the model. torch's global generator
-    is not used. Raises ValueError for a seed outside 0..2^64 - 1 and an unknown `init`.
+    Other layers stay as they are, and so does torch's global generator. Fixed filters of `frozen="zero"` stay zero.
+    Returns the model. Raises ValueError for a seed outside 0..2^64 - 1 and an unknown `init`.
     """
     wanted = None if layers is None else set(layers)
     for name, module in model.named_modules():
@@ -58,16 +58,16 @@ def draw_(model: nn.Module, seed: int, *, init: str = "uniform", layers: Iterabl
             module.set_initial_(weight, bias)
             continue
         with torch.no_grad():
-            module.weight.copy_(weight)
-            if bias is not None:
-                module.bias.copy_(bias)
+            for parameter, value in ((module.weight, weight), (module.bias, bias)):
+                if parameter is not None and value is not None:
+                    parameter.copy_(value)
     return model
 
 
 def draw(
     seed: int, name: str, shape: tuple[int, ...], *, weight_shape: tuple[int, ...] | None = None, init: str = "uniform"
 ) -> Tensor:
-    """The initial values of the weight `name` of this shape; of a bias, if `weight_shape` says the weight's. float32."""
+    """The float32 initial values of the weight `name`, or of a bias, whose weight's shape is then `weight_shape`."""
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(INITS)}")
     weight_shape = tuple(shape) if weight_shape is None else tuple(weight_shape)
@@ -89,7 +89,7 @@ def _fill(seed: int, name: str, count: int, values: Callable[[Tensor], Tensor]) 
 
 
 def philox(seed: int, name: str, start: int, blocks: int) -> Tensor:
-    """The words of `blocks` blocks of the stream of `name`, from block `start` on: (4 * blocks,) int64 in 0..2^32 - 1."""
+    """The 32-bit words of some blocks of the stream of `name`, from block `start` on: (4 * blocks,) int64."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed={seed} is outside 0..2^64 - 1")
     stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
@@ -128,7 +128,7 @@ def _rational(x: Tensor, coefficients: tuple[tuple[float, ...], tuple[float, ...
     return _polynomial(x, coefficients[0]) / _polynomial(x, coefficients[1])
 
 
-# Of the numerator and the denominator. A third pair of the algorithm, for p < 1.4e-11, is never reached by 32-bit words.
+# Of the numerator and the denominator. 32-bit words never reach the algorithm's third pair, for p < 1.4e-11.
 _CENTRE = (
     (3.3871327179, 50.434271938, 159.29113202, 59.109374720),
     (1.0, 17.895169469, 78.757757664, 67.187563600),

@@ -206,7 +206,7 @@ class PartialConv2d(nn.Module):
         over a time in which the layer learns nothing. Given the `optimizer`, its state (momentum, moments) moves with
         the weights: what stays learned keeps its own, what is new starts at zero. Without it, clear the state of an
         optimizer that has made steps. torch.compile compiles anew. DistributedDataParallel follows a choice of the same
-        size; after one of another size wrap the model anew: a step of the old wrapper raises.
+        size; after one of another size delete the wrapper and wrap anew: the second step of the old one raises.
 
         Raises before anything changes: ValueError if a Parameter comes into being that the optimizer does not know, or
         the optimizer holds state that cannot follow; RuntimeError if a CUDA graph has captured the layer, or its parts
@@ -347,15 +347,22 @@ class PartialConv2d(nn.Module):
         assert like is not None
         return like
 
+    def _shape(self, name: str) -> torch.Size | None:
+        """Of the whole weight or bias; None without a bias."""
+        if name == "weight":
+            return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+        return None if all(part is None for part in self._parts(BIAS_PARTS)) else torch.Size((self.out_channels,))
+
     def _new_conv2d(self, make: Callable[..., nn.Conv2d]) -> nn.Conv2d:
         return make(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            self.groups, self.bias is not None, self.padding_mode, device=self._like.device, dtype=self._like.dtype,
+            self.groups, self._shape("bias") is not None, self.padding_mode, device=self._like.device,
+            dtype=self._like.dtype,
         )  # fmt: skip
 
     def _check_state(self, optimizer: torch.optim.Optimizer, partition: Partition) -> None:
         """Raises if the optimizer could not follow to this partition."""
-        bias_filters = Subset.empty(self.out_channels) if self.bias is None else partition.bias_filters
+        bias_filters = Subset.empty(self.out_channels) if self._shape("bias") is None else partition.bias_filters
         for name, learned in (("weight_trainable", partition.block), ("bias_trainable", bias_filters)):
             if self._parameters[name] is None and name not in self._idle and not learned.is_empty:
                 raise ValueError(
@@ -440,8 +447,8 @@ class PartialConv2d(nn.Module):
 
     def _split_loaded(self, own: dict[str, Any], prefix: str, name: str, error_msgs: list[str]) -> bool:
         """Puts the parts of a loaded `weight` or `bias` in its place; whether it was refused."""
-        current = getattr(self, name)
-        if current is None or prefix + name not in own:
+        shape = self._shape(name)
+        if shape is None or prefix + name not in own:
             return False
         whole = own.pop(prefix + name)
         if not self._mergeable(PARTS[name]):
@@ -456,10 +463,10 @@ class PartialConv2d(nn.Module):
                 f'While copying the parameter named "{prefix}{name}", expected torch.Tensor or Tensor-like object '
                 f"from checkpoint but received {type(whole)}"
             )
-        elif whole.shape != current.shape:
+        elif whole.shape != shape:
             error_msgs.append(
                 f"size mismatch for {prefix}{name}: copying a param with shape {whole.shape} from checkpoint, the "
-                f"shape in current model is {current.shape}."
+                f"shape in current model is {shape}."
             )
         else:
             parts = self.partition.split_weight(whole) if name == "weight" else self.partition.split_bias(whole)

@@ -230,7 +230,7 @@ class TestRefusals:
 
     def test_no_source_or_two(self, tmp_path):
         for options in ({}, {"seed": 3, "base": plain().state_dict()}):
-            with pytest.raises(ValueError, match="give the seed .* or the backbone"):
+            with pytest.raises(ValueError, match=r"give the seed .* or the backbone"):
                 save_compact(drawn(3), tmp_path / "task", **options)
 
     def test_parametrized_layers(self, tmp_path):

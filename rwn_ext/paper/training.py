@@ -216,11 +216,15 @@ class Run:
 
     def _checkpoint(self, resume: bool) -> dict[str, Any] | None:
         path = self.config.out / CHECKPOINT
-        if not resume:
+        # torchrun starts all workers anew after one has died; the run then goes on from what it has reached.
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+            if not path.exists():
+                return None
+        elif not resume:
             if path.exists():
                 raise ValueError(f"{path} exists: pass --resume to continue that run, or another --out for a new one")
             return None
-        if not path.exists():
+        elif not path.exists():
             raise ValueError(f"{path} does not exist: there is nothing to resume; leave --resume out to start")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
