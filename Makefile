@@ -11,7 +11,7 @@ demo: $(VENV)/installed-paper
 	$(VENV)/bin/python -m rwn_ext.paper demo
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto
 
 bench: $(VENV)/installed-bench
 	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr --benchmark-json=bench-results.json

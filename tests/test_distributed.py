@@ -400,15 +400,18 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker to kill in /proc")
 def test_a_killed_worker_is_started_again_and_the_run_resumes(tmp_path):
     pytest.importorskip("rich")
-    whole, broken = (torchrun(tmp_path, "--out", name) for name in ("whole", "broken"))
+    broken = torchrun(tmp_path, "--out", "broken")
     log = tmp_path / "broken" / LOG
     while not log.exists() or not log.read_text().count("\n"):
         assert broken.poll() is None, broken.communicate()[0]
         time.sleep(0.02)
     os.kill(workers(broken)[1], signal.SIGKILL)
-    outputs = [process.communicate(timeout=300)[0] for process in (whole, broken)]
-    assert whole.returncode == broken.returncode == 0, outputs
-    assert "Signal 9" in outputs[1] or "SIGKILL" in outputs[1], "it was not killed in time"
+    output = broken.communicate(timeout=120)[0]
+    assert broken.returncode == 0, output
+    assert "exitcode: -9" in output and " of 6 epochs done" in output, output
+    whole = torchrun(tmp_path, "--out", "whole")
+    output = whole.communicate(timeout=120)[0]
+    assert whole.returncode == 0, output
     left, right = (torch.load(tmp_path / name / CHECKPOINT, weights_only=True) for name in ("whole", "broken"))
     for record in (*left["history"], *right["history"]):
         del record["seconds"]
