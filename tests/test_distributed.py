@@ -1,4 +1,4 @@
-"""Several processes: DistributedDataParallel, FSDP2, distributed checkpoints, a training program that loses a worker.
+"""Several processes: DistributedDataParallel, FSDP2, distributed checkpoints.
 
 Two processes are started once; they run every check below in turn and write down what each raised.
 """
@@ -9,10 +9,6 @@ import copy
 import gc
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -39,7 +35,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rwn_ext import PartialConv2d, convert, merge_state_dict, set_subsets_, split_state_dict, subsets
-from rwn_ext.paper.training import CHECKPOINT, LOG
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -376,45 +371,3 @@ def test_one_process_loads_what_two_have_saved(folder: Path):
     plain = network()
     plain.load_state_dict(copy.deepcopy(model.state_dict()))
     assert torch.equal(plain[3].weight, model[3].weight)
-
-
-QUICK = ["--net", "wrn-10-1", "--part", "0.2", "--image-size", "8", "--batch-size", "256", "--epochs", "6"]
-
-
-def torchrun(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Two processes on one machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen(
-        [*command, "-m", "rwn_ext.paper", "train", *QUICK, "--device", "cpu", *arguments],
-        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def workers(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that torchrun has started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children if b"rwn_ext.paper" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker to kill in /proc")
-def test_a_run_that_lost_a_worker_resumes_bit_for_bit(tmp_path):
-    pytest.importorskip("rich")
-    broken = torchrun(tmp_path, "--out", "broken")
-    log = tmp_path / "broken" / LOG
-    while not log.exists() or not log.read_text().count("\n"):
-        assert broken.poll() is None, broken.communicate()[0]
-        time.sleep(0.02)
-    os.kill(workers(broken)[1], signal.SIGKILL)
-    output = broken.communicate(timeout=120)[0]
-    assert broken.returncode != 0 and "exitcode: -9" in output, output
-    for arguments in (("--out", "broken", "--resume"), ("--out", "whole")):
-        process = torchrun(tmp_path, *arguments)
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode == 0, output
-    left, right = (torch.load(tmp_path / name / CHECKPOINT, weights_only=True) for name in ("whole", "broken"))
-    for record in (*left["history"], *right["history"]):
-        del record["seconds"]
-    assert len(left["history"]) == 6 and left["history"] == right["history"]
-    torch.testing.assert_close(left["model"], right["model"], rtol=0, atol=0)
-    torch.testing.assert_close(left["optimizer"], right["optimizer"], rtol=0, atol=0)
