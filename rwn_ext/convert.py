@@ -1,4 +1,4 @@
-"""Whole models: every nn.Conv2d to a PartialConv2d, and back; which subsets a model has, and setting them."""
+"""Whole models: every nn.Conv2d to a PartialConv2d, and back; their subsets and the two forms of their state dicts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwn_ext.modules import PartialConv2d
+from rwn_ext.draw import draw_
+from rwn_ext.modules import PARTS, PartialConv2d
 from rwn_ext.report import describe
 
 
@@ -26,6 +27,7 @@ def convert(
     seed: int | torch.Generator | None = None,
     frozen: str = "random",
     algorithm: str | None = None,
+    draw_seed: int | None = None,
     skip: str | Iterable[str] = (),
     verbose: bool = False,
     example: Tensor | None = None,
@@ -38,6 +40,8 @@ def convert(
         trainable: one choice for all layers (see `PartialConv2d`), or a dict from name patterns to choices, such as
             `{"layer1.*": 0, "layer4.*": 0.5, "*.downsample.*": 1.0}`. The last pattern that matches a layer's name
             decides; a layer that none matches stays an nn.Conv2d.
+        draw_seed: give the converted layers new initial values, drawn from this seed by `rwn_ext.draw_`, for which a
+            compact checkpoint needs no more than the seed; default: they keep their values.
         skip: names or patterns of layers to leave as they are.
         verbose: print a table of the layers; with `example`, an input of the model, also the planned algorithms.
         (the others as for `PartialConv2d`; one `seed` draws all layers, each differently)
@@ -58,7 +62,7 @@ def convert(
     _check_patterns([*skip, *(trainable if isinstance(trainable, Mapping) else ())], convs)
     replacements: dict[nn.Module, nn.Module] = {}
     left: dict[str, str] = {}
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    owners = _owners(model)
     for name, conv in convs.items():
         choice = _choice(trainable, name)
         if _matches(name, skip) or choice is _NO_CHOICE:
@@ -75,6 +79,8 @@ def convert(
         listed = "; ".join(f"{name or 'the model'} ({why})" for name, why in left.items())
         warnings.warn(f"left as they are, learning all they learned before: {listed}", stacklevel=2)
     model = _replace(model, replacements)
+    if draw_seed is not None:
+        draw_(model, draw_seed, layers=[name for name, conv in convs.items() if conv in replacements])
     if verbose:
         print(describe(model, example))
     return model
@@ -104,10 +110,12 @@ def set_subsets_(
     """Makes the model's layers learn what `subsets(model)` said. Returns the model, which computes what it did.
 
     Values are anything `PartialConv2d` takes as (trainable, trainable_inputs); layers not named keep theirs.
-    `optimizer` as for `PartialConv2d.set_trainable_`. Raises ValueError for a name that is no PartialConv2d, and what
-    `set_trainable_` raises, naming the layer; the model is then unchanged.
+    `optimizer` as for `PartialConv2d.set_trainable_`. Raises ValueError for a name that is no PartialConv2d and for a
+    layer that shares a Parameter with another, and what `set_trainable_` raises, naming the layer; the model is then
+    unchanged.
     """
     layers = _partial(model)
+    owners = _owners(model)
     unknown = [name for name in subsets if name not in layers]
     if unknown:
         raise ValueError(f"no PartialConv2d is named {', '.join(map(repr, unknown))}; there are {', '.join(layers)}")
@@ -116,11 +124,88 @@ def set_subsets_(
         try:
             filters, inputs = choice
             partitions[name] = layers[name].partition_for(filters, inputs, optimizer=optimizer)
-        except (TypeError, ValueError) as error:
+            shared = [part for part, value in layers[name]._parameters.items() if owners[id(value)] > 1]
+            if shared and partitions[name] != layers[name].partition:
+                raise ValueError(
+                    f"its {', '.join(shared)} are shared with another module, which would not follow; "
+                    "use one module in both places instead"
+                )
+        except (TypeError, ValueError, RuntimeError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
     for name, partition in partitions.items():
         layers[name].set_partition_(partition, optimizer=optimizer)
     return model
+
+
+def merge_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of parts (`conv.weight_trainable`, ...) with the whole `conv.weight` and `conv.bias` instead.
+
+    A sharded model (FSDP2) has the first form, a plain model, converted or not, the second. `model` says how its layers
+    split, so its `subsets` must be those that the state dict was made with; sharded values (DTensor) are gathered, for
+    which every process must call. Entries of anything else pass through.
+
+    Raises ValueError for a part that is missing or has another shape than in `model`, naming it.
+    """
+    merged = dict(state_dict)
+    for name, layer in _partial(model).items():
+        prefix = f"{name}." if name else ""
+        for whole, parts in PARTS.items():
+            found = {part: merged[prefix + part] for part in parts if prefix + part in merged}
+            if not found:
+                continue
+            for part in parts:
+                expected, value = getattr(layer, part), found.get(part)
+                if (expected is None) != (value is None) or (value is not None and value.shape != expected.shape):
+                    shapes = [None if x is None else tuple(x.shape) for x in (value, expected)]
+                    raise ValueError(
+                        f"{prefix}{part} has shape {shapes[0]} in the state dict, {shapes[1]} in the model; set the "
+                        "model's subsets to those it was made with, and load all parts"
+                    )
+            values = [_gathered(found.get(part)) for part in parts]
+            dtype = next(value.dtype for value in values if value is not None)
+            merge = layer.partition.merge_weight if whole == "weight" else layer.partition.merge_bias
+            entries = {prefix + whole: merge(values, dtype)}
+            merged = _exchange(merged, [prefix + part for part in found], entries)
+    return merged
+
+
+def split_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `merge_state_dict`: parts under their own names, as a sharded `model` loads them.
+
+    Raises ValueError for a `weight` or `bias` of another shape than in `model`, naming it.
+    """
+    divided = dict(state_dict)
+    for name, layer in _partial(model).items():
+        prefix = f"{name}." if name else ""
+        for whole in PARTS:
+            value = divided.get(prefix + whole)
+            if value is None:
+                continue
+            shape = layer._shape(whole)
+            if shape is None or value.shape != shape:
+                raise ValueError(
+                    f"{prefix}{whole} has shape {tuple(value.shape)} in the state dict, "
+                    f"{shape and tuple(shape)} in the model"
+                )
+            parts = layer.partition.split_weight(value) if whole == "weight" else layer.partition.split_bias(value)
+            entries = {prefix + part: value for part, value in parts.items() if value is not None}
+            divided = _exchange(divided, [prefix + whole], entries)
+    return divided
+
+
+def _gathered(value: Tensor | None) -> Tensor | None:
+    return value.full_tensor() if value is not None and hasattr(value, "full_tensor") else value
+
+
+def _exchange(entries: dict[str, Any], old: list[str], new: dict[str, Any]) -> dict[str, Any]:
+    """`entries` with `new` in the place of the first of `old`, and without the rest of `old`."""
+    result: dict[str, Any] = {}
+    for key, value in entries.items():
+        if key == old[0]:
+            result.update(new)
+        elif key not in old:
+            result[key] = value
+    return result
 
 
 _NO_CHOICE = object()
@@ -144,6 +229,11 @@ def _check_patterns(patterns: Iterable[str], convs: Iterable[str]) -> None:
             raise TypeError(f"{pattern!r} is no name pattern; give a string such as 'layer1.*'")
         if not any(fnmatchcase(name, pattern) for name in convs):
             raise ValueError(f"pattern {pattern!r} matches no nn.Conv2d; there are {', '.join(convs) or 'none'}")
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each Parameter, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
 def _obstacle(conv: nn.Conv2d, owners: Counter[int]) -> str | None:

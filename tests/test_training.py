@@ -122,8 +122,7 @@ def test_switching_layers_off_and_on_again_with_one_optimizer():
         step(model, optimizer, number)
     assert_moved_only(model, before, {**CONVS, "0": ([], None)})
     copy.deepcopy(optimizer.state_dict())
-    model[0].set_trainable_([4])
-    optimizer.add_param_group({"params": [model[0].weight_trainable, model[0].bias_trainable]})
+    model[0].set_trainable_([4], optimizer=optimizer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for number in range(5):
         step(model, optimizer, number)

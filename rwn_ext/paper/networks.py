@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwn_ext.convert import convert
+from rwn_ext.draw import draw_
 
 NAMES = "wrn-D-K (wrn-28-10), densenet-bc-L-k (densenet-bc-100-12), vgg11-bn, vgg19-bn, vgg19, alexnet"
 
@@ -38,16 +39,17 @@ def build(
             classifier staying random unless it is the part. `part` then says how much of each convolution in it.
         learn_bn: learn gamma and beta of every BatchNorm; running statistics are always updated.
         dropout: of WRN between the convolutions of a unit; None is the paper's: 0.3 for wrn-28-10, else 0.
-        seed: initial values are drawn from it, leaving torch's global generator as it was; None draws from the global.
+        seed: initial values are drawn from it by `rwn_ext.draw_`, the same on every machine, leaving torch's global
+            generator as it was; None draws from the global.
 
     Raises ValueError for an unknown name or part, and for a choice that leaves nothing to learn.
     Source: sections 3 and 4; without `only` the "fractional" experiments, with it the "integral" ones.
     """
     make = _maker(name, num_classes, dropout)
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
         network = make()
+    if seed is not None:
+        draw_(network, seed, init=network.init)
     _fix(network, part, frozen, only)
     if not learn_bn:
         for module in network.modules():
@@ -111,6 +113,8 @@ class Network(nn.Module):
     """What the paper's networks share: named parts, the last of them the classifier."""
 
     parts: ClassVar[tuple[str, ...]]
+    init: ClassVar[str] = "uniform"
+    """How convolutions are initialised: one of `rwn_ext.draw.INITS`."""
     fc: nn.Linear
 
 
@@ -163,6 +167,7 @@ class DenseNetBC(Network):
     """DenseNet-BC (Huang et al. 2017) for small images, compression 0.5: (N, 3, H, W) -> (N, classes)."""
 
     parts = ("conv1", "block1", "block2", "block3", "fc")
+    init = "normal"
 
     def __init__(self, depth: int, growth: int, num_classes: int) -> None:
         super().__init__()
