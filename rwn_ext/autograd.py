@@ -54,27 +54,44 @@ class PartialConv2dFunction(torch.autograd.Function):
         seen = input if seen is None else seen
         ctx.save_for_backward(*(weights if needs_input else (None, None, None)), seen if needs_weight else None)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
-        return torch.convolution(
-            input, _weight(weights, layer, "forward"), _bias(bias_trainable, bias_frozen, layer),
-            layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups,
-        )  # fmt: skip
+        return convolve(input, weights, (bias_trainable, bias_frozen), layer)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        layer: Layer = ctx.layer
         *weights, seen = ctx.saved_tensors
-        grad_input = grad_weight = grad_bias = None
+        needs = tuple(ctx.needs_input_grad[i] for i in (0, 2, 5))
         with without_autocast(grad_output.device.type):
-            if ctx.needs_input_grad[0]:
-                grad_input = _grad_input(grad_output, _weight(weights, layer, "backward"), layer, ctx.input_size)
-            if ctx.needs_input_grad[2]:
-                grad_weight = ops.conv2d_weight_grad(
-                    grad_output, seen, layer.filters, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                    layer.groups, layer.algorithm,
-                )  # fmt: skip
-            if ctx.needs_input_grad[5]:
-                grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))
+            grad_input, grad_weight, grad_bias = gradients(grad_output, weights, seen, ctx.layer, ctx.input_size, needs)
         return grad_input, None, grad_weight, None, None, grad_bias, None, None
+
+
+def convolve(
+    input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer
+) -> Tensor:
+    """The convolution with the weight and bias merged from these parts."""
+    return torch.convolution(
+        input, _weight(weights, layer, "forward"), _bias(*biases, layer),
+        layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups,
+    )  # fmt: skip
+
+
+def gradients(
+    grad_output: Tensor, weights: Sequence[Tensor | None], seen: Tensor | None, layer: Layer, input_size: Any,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Those gradients of the input, the learned weights and the learned biases that `needs` asks for."""
+    grad_input = grad_weight = grad_bias = None
+    if needs[0]:
+        grad_input = _grad_input(grad_output, _weight(weights, layer, "backward"), layer, input_size)
+    if needs[1]:
+        assert seen is not None
+        grad_weight = ops.conv2d_weight_grad(
+            grad_output, seen, layer.filters, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            layer.groups, layer.algorithm,
+        )  # fmt: skip
+    if needs[2]:
+        grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))
+    return grad_input, grad_weight, grad_bias
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -129,14 +129,20 @@ def _padded(
     return F.pad(input, (before[1], after[1], before[0], after[0]), mode=mode), (0, 0)
 
 
-def _cast(input: Tensor, dtype: torch.dtype) -> Tensor:
-    """The input in the type of the computation: autocast's where it is on, as for F.conv2d, else its own."""
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The type that autocast wants F.conv2d to compute in; None where it is off."""
     device_type = input.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return input if input.dtype == torch.float64 else input.to(torch.get_autocast_dtype(device_type))
-    if input.dtype != dtype:
+        return input.dtype if input.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _cast(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """The input in the type of the computation: autocast's where it is on, as for F.conv2d, else its own."""
+    wanted = autocast_dtype(input)
+    if wanted is None and input.dtype != dtype:
         raise RuntimeError(f"input type ({input.dtype}) and weight type ({dtype}) should be the same")
-    return input
+    return input.to(wanted or dtype)
 
 
 def _seen_copy(input: Tensor, partition: Partition) -> Tensor | None:
