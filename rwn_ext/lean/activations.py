@@ -55,11 +55,15 @@ def leaky_relu(slope: float) -> Activation:
     )
 
 
-def of_module(module: nn.Module) -> Activation | None:
-    """What this module computes, if it is one of these."""
-    if type(module) is nn.LeakyReLU:
-        return leaky_relu(module.negative_slope) if module.negative_slope >= 0 else None
-    return _MODULES.get(type(module))
+def activation_of(what: nn.Module | str | None, slope: float | None = None) -> Activation | None:
+    """What this module or function name computes, if it is one of these; None given: nothing."""
+    if what is None:
+        return IDENTITY
+    if isinstance(what, str):
+        return leaky_relu(slope) if slope is not None else _NAMES.get(what)
+    if type(what) is nn.LeakyReLU:
+        return leaky_relu(what.negative_slope) if what.negative_slope >= 0 else None
+    return _MODULES.get(type(what))
 
 
 _MODULES: dict[type[nn.Module], Activation] = {
@@ -69,16 +73,4 @@ _MODULES: dict[type[nn.Module], Activation] = {
     nn.SiLU: SILU,
     nn.Hardswish: HARDSWISH,
 }
-# As the functions appear in a traced graph, with the module that computes the same of their remaining arguments.
-FUNCTIONS: dict[Any, type[nn.Module]] = {
-    F.relu: nn.ReLU,
-    torch.relu: nn.ReLU,
-    torch.relu_: nn.ReLU,
-    F.relu_: nn.ReLU,
-    "relu": nn.ReLU,
-    "relu_": nn.ReLU,
-    F.relu6: nn.ReLU6,
-    F.leaky_relu: nn.LeakyReLU,
-    F.silu: nn.SiLU,
-    F.hardswish: nn.Hardswish,
-}
+_NAMES = {"relu": RELU, "relu6": RELU6, "silu": SILU, "hardswish": HARDSWISH}

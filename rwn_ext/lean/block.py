@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rwn_ext.autograd import without_autocast
-from rwn_ext.lean import activations, convs, norms
+from rwn_ext.lean import activations, norms
+from rwn_ext.lean.activations import Activation
+from rwn_ext.lean.convs import conv_of
 from rwn_ext.lean.function import Block, BlockFunction
 
 
 def block(
     pieces: Sequence[Tensor],
     norm: nn.Module | None = None,
-    activation: nn.Module | None = None,
+    activation: nn.Module | str | None = None,
     dropout: nn.Module | None = None,
     convolutions: Sequence[nn.Module] = (),
     *,
+    slope: float | None = None,
     give_y: bool = False,
     y_is_kept: bool = False,
     sharers: Sequence[int] | None = None,
@@ -38,56 +41,61 @@ def block(
     or needs no gradient take the plain way, which is the three lines above.
 
     Args:
+        activation: a module, or relu, relu6, leaky_relu (with its `slope`), silu, hardswish.
         y_is_kept: y is kept for backward by somebody else, so that keeping it costs nothing.
         sharers: for each piece, how many blocks read it (default: this one alone); decides what costs less.
     """
-    lean = _lean_call(pieces, norm, activation, dropout, convolutions, give_y, y_is_kept, sharers)
+    modules = [m for m in (norm, activation, dropout, *convolutions) if isinstance(m, nn.Module)]
+    function = activations.activation_of(activation, slope)
+    lean = None
+    if function is not None and not any(map(has_hooks, modules)) and _is_plain_image_batch(pieces):
+        lean = _lean_call(pieces, norm, function, dropout, convolutions, give_y, y_is_kept, sharers)
     if lean is None:
-        return _plain(pieces, norm, activation, dropout, convolutions, give_y)
+        act = activation if isinstance(activation, nn.Module) or function is None else function.forward
+        return _plain(pieces, norm, act, dropout, convolutions, give_y)
     with without_autocast(pieces[0].device.type):
         return BlockFunction.apply(*lean)
 
 
 def _plain(
-    pieces: Sequence[Tensor], norm: nn.Module | None, activation: nn.Module | None, dropout: nn.Module | None,
+    pieces: Sequence[Tensor], norm: nn.Module | None, activation: Callable[[Tensor], Tensor], dropout: nn.Module | None,
     convolutions: Sequence[nn.Module], give_y: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     y = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), 1)
-    for module in (norm, activation, dropout):
-        y = y if module is None else module(y)
+    for function in (norm, activation, dropout):
+        y = y if function is None else function(y)
     return (*(conv(y) for conv in convolutions), *([y] if give_y else []))
 
 
 def _lean_call(
-    pieces: Sequence[Tensor], norm: nn.Module | None, activation: nn.Module | None, dropout: nn.Module | None,
+    pieces: Sequence[Tensor], norm: nn.Module | None, activation: Activation, dropout: nn.Module | None,
     convolutions: Sequence[nn.Module], give_y: bool, y_is_kept: bool, sharers: Sequence[int] | None,
 ) -> tuple[Block | Tensor | None, ...] | None:  # fmt: skip
     """The arguments of the autograd Function; None if this call is not for it."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    if any(has_hooks(module) for module in (norm, activation, dropout, *convolutions) if module is not None):
-        return None
-    first = pieces[0]
-    if any(p.dim() != 4 or p.dtype != first.dtype or p.device != first.device or not p.numel() for p in pieces):
-        return None
-    channels = tuple(piece.size(1) for piece in pieces)
-    # Of the size and layout of y, without its values.
+    first, channels = pieces[0], tuple(piece.size(1) for piece in pieces)
+    # Of the size of y, without its values.
     stand_in = first if len(pieces) == 1 else first[:, :1].expand(-1, sum(channels), -1, -1)
-    function = activations.IDENTITY if activation is None else activations.of_module(activation)
     rate = _rate(dropout)
-    calls = [convs.conv_of(conv, stand_in) for conv in convolutions]
-    if function is None or rate is None or any(call is None for call in calls):
+    calls = [call for conv in convolutions if (call := conv_of(conv, stand_in)) is not None]
+    if rate is None or len(calls) < len(convolutions):
         return None
     begun = norms.begin(norm, stand_in)
     if begun is None:
         return None
     normalisation, parameters = begun
+    dtype = calls[0][0].layer.dtype if calls else first.dtype
     constants = Block(
-        normalisation, function, rate, tuple(call[0] for call in calls),
-        calls[0][0].layer.dtype if calls else first.dtype, channels, tuple(sharers or [1] * len(pieces)), give_y,
-        y_is_kept,
+        normalisation, activation, rate, tuple(conv for conv, _ in calls), dtype, channels,
+        tuple(sharers or [1] * len(pieces)), give_y, y_is_kept,
     )  # fmt: skip
-    return constants, *pieces, *parameters, *(part for call in calls for part in call[1])
+    return constants, *pieces, *parameters, *(part for _, parts in calls for part in parts)
+
+
+def _is_plain_image_batch(pieces: Sequence[Tensor]) -> bool:
+    """Whether gradients are wanted of a call that runs as it is written, on (N, C, H, W) pieces of one kind."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return len({(p.dtype, p.device) for p in pieces}) == 1 and all(p.dim() == 4 and p.numel() for p in pieces)
 
 
 def has_hooks(module: nn.Module) -> bool:
