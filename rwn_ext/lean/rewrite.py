@@ -55,7 +55,7 @@ def make_lean(model: nn.Module) -> nn.Module:
     module that cannot be traced stays as it is, and its children are tried one by one. `explain` tells what became of
     each layer.
     """
-    _make_lean(model, set())
+    _make_lean(undo_lean(model), set())
     return model
 
 
@@ -87,16 +87,20 @@ def _make_lean(module: nn.Module, seen: set[nn.Module]) -> None:
     if module in seen or not _has_something_to_gain(module):
         return
     seen.add(module)
+    reason = None
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         try:
             rewriting = _Rewriting(module, trace(module))
         except CannotTrace as error:
-            setattr(module, _STOPPED, str(error))
+            reason = str(error)
         else:
             rewriting.run()
             return
     for child in module.children():
         _make_lean(child, seen)
+    if reason and not any(_STOPPED in vars(m) for m in module.modules()):
+        # Else what stopped a child stopped this one, too.
+        setattr(module, _STOPPED, reason)
 
 
 def _has_something_to_gain(module: nn.Module) -> bool:

@@ -46,8 +46,10 @@ def trace(module: nn.Module) -> fx.Graph:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # Tracing through a module runs its hooks once, now, and never again.
-        return isinstance(m, PartialConv2d) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+        # Tracing through a module runs its hooks once, now, and never again. Subclasses of torch's modules that compute
+        # what these compute are torch's, too.
+        torchs_own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+        return isinstance(m, PartialConv2d) or torchs_own or has_hooks(m)
 
 
 @contextmanager
