@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwn_ext.describe import describe, table
 from rwn_ext.frozen_norm import freeze_norms, unfreeze_norms
 from rwn_ext.lean import explain, make_lean, undo_lean
 from rwn_ext.modules import PartialConv2d
-from rwn_ext.report import describe, table
 from rwn_ext.subsets import choose
 
 NORMS = ("train", "frozen")

@@ -80,6 +80,15 @@ def explain(model: nn.Module) -> dict[str, str]:
     return told
 
 
+def lean_graph(module: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
+    """The module's forward written anew, and what became of each layer. Raises CannotTrace."""
+    rewriting = _Rewriting(module, trace(module))
+    rewriting.run()
+    return rewriting.graph, rewriting.notes
+
+
+IN_BLOCK = "in the block "
+LABEL = "lean label"
 _STOPPED = "_lean_tracing_stopped_by"
 
 
@@ -90,11 +99,11 @@ def _make_lean(module: nn.Module, seen: set[nn.Module]) -> None:
     reason = None
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         try:
-            rewriting = _Rewriting(module, trace(module))
+            graph, notes = lean_graph(module)
         except CannotTrace as error:
             reason = str(error)
         else:
-            rewriting.run()
+            Forward.of(module, graph, notes).lend(module)
             return
     for child in module.children():
         _make_lean(child, seen)
@@ -150,7 +159,7 @@ class _Rewriting:
         """By head."""
 
     def run(self) -> None:
-        """Rewrites, and lends the module the result."""
+        """Rewrites the graph and takes the notes."""
         self._make_pools_lean()
         self._find_units()
         readers = Counter(piece for unit in self.units.values() for piece in self._pieces(unit))
@@ -162,20 +171,19 @@ class _Rewriting:
             if _is_concatenation(node) and not node.users:
                 self.graph.erase_node(node)
         self.graph.lint()
-        Forward.of(self.module, self.graph, self.notes).lend(self.module)
 
     def _make_pools_lean(self) -> None:
         for node in list(self.graph.nodes):
             if node.op == "call_function" and node.target in _POOLS and not node.kwargs.get("return_indices"):
                 node.target = _POOLS[node.target]
                 node.kwargs = {name: value for name, value in node.kwargs.items() if name != "return_indices"}
-                self.notes[_label(node)] = "lean pooling"
+                self.notes[label(node)] = "lean pooling"
             elif type(self._called(node)) in (nn.MaxPool2d, nn.AvgPool2d) and not has_hooks(self._called(node)):
                 with self.graph.inserting_before(node):
                     module = self.graph.get_attr(node.target)
                     lean = self.graph.call_function(pooling.pool, (node.args[0], module))
-                lean.meta = dict(node.meta)
-                self.notes[_label(node)] = "lean pooling"
+                lean.meta = node.meta | {LABEL: label(node)}
+                self.notes[label(node)] = "lean pooling"
                 node.replace_all_uses_with(lean)
                 self.graph.erase_node(node)
 
@@ -190,7 +198,7 @@ class _Rewriting:
             if reason is None:
                 self.units[node] = unit
             else:
-                self.notes |= {_label(n): reason for n in unit.nodes}
+                self.notes |= {label(n): reason for n in unit.nodes}
 
     def _unit(self, head: fx.Node) -> _Unit:
         unit = _Unit(head, None) if self._is_norm(head) else _Unit(None, head)
@@ -215,7 +223,7 @@ class _Rewriting:
         if activation is None or unit.dropout is None and self._activation(activation)["reads_input"]:
             return "it keeps its input and nothing else, as it is"
         keeper = next((node for node in unit.others if self._may_keep(node)), None)
-        return None if keeper is None else f"its output is kept for {_label(keeper)} as it is"
+        return None if keeper is None else f"its output is kept for {label(keeper)} as it is"
 
     def _emit(self, unit: _Unit, sharers: list[int]) -> None:
         """Puts the block in the place of the unit: where y is made, so that dropouts keep their order."""
@@ -240,13 +248,12 @@ class _Rewriting:
             if any(count > 1 for count in sharers):
                 options["sharers"] = tuple(sharers)
             outputs = self.graph.call_function(block, (tuple(pieces),), options)
-            outputs.meta = dict(unit.tail.meta)
+            outputs.meta = unit.tail.meta | {LABEL: " - ".join(label(node) for node in unit.nodes)}
             results = [
                 self.graph.call_function(operator.getitem, (outputs, i))
                 for i in range(len(unit.convs) + bool(unit.others))
             ]
-        parts = " - ".join(_label(node) for node in unit.nodes)
-        self.notes |= {_label(node): f"in the block {parts}" for node in unit.nodes}
+        self.notes |= {label(node): IN_BLOCK + label(outputs) for node in unit.nodes}
         for conv, result in zip(unit.convs, results, strict=False):
             conv.replace_all_uses_with(result)
             self.graph.erase_node(conv)
@@ -271,12 +278,12 @@ class _Rewriting:
     def _note_the_rest(self) -> None:
         for node in self.graph.nodes:
             module = self._called(node)
-            if module is None or _label(node) in self.notes:
+            if module is None or label(node) in self.notes:
                 continue
             if isinstance(module, (nn.Conv2d, PartialConv2d)):
-                self.notes[_label(node)] = _obstacle(module) or "its input is no activation that a block makes"
+                self.notes[label(node)] = _obstacle(module) or "its input is no activation that a block makes"
             elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.ReLU):
-                self.notes[_label(node)] = _obstacle(module) or f"{type(module).__name__} is not supported"
+                self.notes[label(node)] = _obstacle(module) or f"{type(module).__name__} is not supported"
 
     def _may_keep(self, reader: fx.Node) -> bool:
         """Whether this reader of a tensor may keep it for backward."""
@@ -351,10 +358,10 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _label(node: fx.Node) -> str:
-    """The module's name; of a function, the module it is called in and its own."""
-    if node.op == "call_module":
-        return str(node.target)
+def label(node: fx.Node) -> str:
+    """The module's name; of a function, the module it is called in and its own; of a block, all of its parts."""
+    if LABEL in node.meta or node.op == "call_module":
+        return node.meta.get(LABEL, node.target)
     stack = node.meta.get("nn_module_stack") or {}
     scope = next(reversed(stack), "")
     return f"{scope}.{node.name}" if scope else node.name
