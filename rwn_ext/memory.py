@@ -139,7 +139,7 @@ def _step(model: nn.Module, example: Tensor, loss: Callable, optimizer: Callable
     model.zero_grad()
     state = _bytes(v for s in (stepper.state.values() if stepper else ()) for v in s.values())
     between_steps = _bytes([*model.parameters(), *model.buffers(), x]) + state
-    measure = _measure_cuda if example.is_cuda else _measure_cpu
+    measure = measure_cuda if example.is_cuda else measure_cpu
     kept, peak = measure(step)
     return Step(kept, gradients, state, between_steps + peak)
 
@@ -149,7 +149,7 @@ def _bytes(tensors: Any) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def _measure_cpu(step: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+def measure_cpu(step: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
     """Bytes live at the mark, and at most, of what the step allocates: from the allocator's own record."""
     name = "rwn_ext: between forward and backward"
 
@@ -172,7 +172,7 @@ def _measure_cpu(step: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
     return kept, peak
 
 
-def _measure_cuda(step: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+def measure_cuda(step: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
     kept = []
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

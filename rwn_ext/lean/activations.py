@@ -36,12 +36,19 @@ def _zero_outside(grad: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, grad, 0)
 
 
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return aten.silu_backward(grad, x)
+    sigmoid = x.sigmoid()  # as autograd does for second derivatives
+    return grad * sigmoid * (1 + x * (1 - sigmoid))
+
+
 IDENTITY = Activation(_same, lambda grad, y: grad, lambda y: torch.empty(0), lambda grad, mask: grad)
 RELU = Activation(F.relu, lambda grad, y: aten.threshold_backward(grad, y, 0), lambda y: ~(y <= 0), _zero_outside)
 RELU6 = Activation(
     F.relu6, lambda grad, y: aten.hardtanh_backward(grad, y, 0.0, 6.0), lambda y: ~((y <= 0) | (y >= 6)), _zero_outside
 )
-SILU = Activation(F.silu, aten.silu_backward, reads_input=True)
+SILU = Activation(F.silu, _silu_backward, reads_input=True)
 HARDSWISH = Activation(F.hardswish, aten.hardswish_backward, reads_input=True)
 
 
