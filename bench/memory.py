@@ -1,4 +1,4 @@
-"""What lean models keep for backward, of plain nn, at the sizes we hold ourselves to: `python -m bench.memory [CASE ...]`.
+"""What lean models keep for backward, of plain nn, at the sizes we hold ourselves to: `python -m bench.memory [CASE]`.
 
 Each contender runs in a process of its own, which is measured twice: by what the operating system gave it (resident
 memory, large blocks returned as soon as they are free) and by the allocator's record. Nothing is timed here.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import rwn_ext
 from rwn_ext.memory import measure_cpu
 from rwn_ext.paper.networks import build
-from tests.architectures import MobileNetV2, resnet50, resnet101
+from tests.architectures import MobileNetV2, resnet50
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,7 @@ class PartialConv2dFunction(torch.autograd.Function):
         return grad_input, None, grad_weight, None, None, grad_bias, None, None
 
 
-def convolve(
-    input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer
-) -> Tensor:
+def convolve(input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer) -> Tensor:
     """The convolution with the weight and bias merged from these parts."""
     return torch.convolution(
         input, _weight(weights, layer, "forward"), _bias(*biases, layer),

@@ -89,7 +89,7 @@ def memory(
     """Measures one training step on `example`: of the model as it is, and as plain `nn` that learns everything.
 
     The table by layer counts what autograd saves, each storage once and at the first layer that saves it, parameters
-    and buffers not: for plain nn (`rwn_ext.restore`), for the model now, and the minimum that the maths needs of a model
+    and buffers not: for plain nn (`rwn_ext.restore`), for the model now, and the minimum that the maths needs of one
     that learns what this one does: for a norm by batch statistics its input; else one bit an element of an activation
     and the channels that learned weights see; one byte an output of a maximum pooling. The table of a model
     that cannot be traced is empty.

@@ -140,7 +140,9 @@ def test_bits_by_convolutions(convs: str, dropout: float | None, norm: str, layo
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bits_of_every_combination(activation: str, norm: str, pieces: int, layout: str, dtype):
     for convs, dropout in itertools.product(CONVS.values(), (None, nn.Dropout(0.3), nn.Dropout(0.5).eval())):
-        assert_bits((NORMS[norm](), ACTIVATIONS[activation](), dropout, convs()), images(pieces, LAYOUTS[layout]), dtype)
+        assert_bits(
+            (NORMS[norm](), ACTIVATIONS[activation](), dropout, convs()), images(pieces, LAYOUTS[layout]), dtype
+        )
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,12 @@ HOOKED.register_forward_hook(lambda *_: None)
         ((nn.BatchNorm2d(C), nn.ReLU(), nn.Dropout2d(0.5), CONVS["part"]()), (4, C, 5, 5)),
         ((nn.BatchNorm2d(C), nn.ReLU(), nn.Dropout(1.0), CONVS["part"]()), (4, C, 5, 5)),
         (
-            (nn.BatchNorm2d(C), nn.ReLU(), None, [PartialConv2d(C, 8, 3, padding=1, padding_mode="circular", trainable=1)]),
+            (
+                nn.BatchNorm2d(C),
+                nn.ReLU(),
+                None,
+                [PartialConv2d(C, 8, 3, padding=1, padding_mode="circular", trainable=1)],
+            ),
             (4, C, 5, 5),
         ),
         ((nn.BatchNorm2d(C), nn.ReLU(), None, [nn.Conv2d(C, 8, 2, padding="same")]), (4, C, 5, 5)),
@@ -342,7 +349,9 @@ def test_wrong_inputs_are_refused_as_the_modules_refuse_them():
         block([torch.randn(1, C, 1, 1, requires_grad=True)], nn.BatchNorm2d(C), nn.ReLU(), give_y=True)
     norm = nn.BatchNorm2d(C)
     with pytest.raises(RuntimeError, match="shape"):
-        block([torch.randn(2, C, 4, 4, requires_grad=True)], norm, nn.ReLU(), None, [PartialConv2d(5, 8, 1, trainable=1)])
+        block(
+            [torch.randn(2, C, 4, 4, requires_grad=True)], norm, nn.ReLU(), None, [PartialConv2d(5, 8, 1, trainable=1)]
+        )
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

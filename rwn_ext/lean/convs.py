@@ -54,7 +54,7 @@ class Conv(NamedTuple):
         )  # fmt: skip
 
     def see(self, y: Tensor) -> Tensor:
-        """What the weight's gradient needs of the input, in the convolution's type; compact, so that the rest can go."""
+        """What the weight's gradient needs of the input, in its type; compact, so that the rest can go."""
         y = y if self.seen is None else ops.copy_channels(y, self.seen)
         return y.to(self.layer.dtype)
 
@@ -72,7 +72,7 @@ def conv_of(module: nn.Module, y: Tensor) -> tuple[Conv, Parts] | None:
         filters, inputs, bias, seen = p.block.runs, p.inputs.runs, p.bias_filters.runs, p.seen
         algorithm = planner.requested(module.algorithm)
     else:
-        learned, learned_bias = (t is not None and t.requires_grad for t in (module.weight, module.bias))
+        learned = module.weight.requires_grad
         parts = [module.weight, None, None, module.bias, None]
         if not learned:
             parts = [None, module.weight, None, module.bias, None]
@@ -109,4 +109,3 @@ def _padding(module: nn.Module) -> Pair | None:
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return None if any(total % 2 for total in totals) else (totals[0] // 2, totals[1] // 2)
     return module.padding[0], module.padding[1]
-

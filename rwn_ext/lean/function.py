@@ -194,9 +194,7 @@ def _gradients(
     return (*_pieces(norm_grads[0], block, needs), *norm_grads[1:], None, None, *conv_grads)
 
 
-def _activated(
-    block: Block, needs: Needs, kept: Kept, z: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _activated(block: Block, needs: Needs, kept: Kept, z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """y, and what the activation's derivative reads: kept, or made again from the input."""
     y = kept.get(("seen", None))
     if z is None or y is not None or not (any(needs.weights) or block.activation is not IDENTITY):

@@ -76,7 +76,10 @@ def explain(model: nn.Module) -> dict[str, str]:
         if stopped:
             told[path or "the model"] = f"not traced: {stopped}"
         if forward:
-            told |= {prefix + name: text for name, text in forward.notes.items()}
+            for name, text in forward.notes.items():
+                parts = text.removeprefix(IN_BLOCK).split(" - ")
+                inside = text.startswith(IN_BLOCK)
+                told[prefix + name] = IN_BLOCK + " - ".join(prefix + part for part in parts) if inside else text
     return told
 
 
@@ -220,7 +223,7 @@ class _Rewriting:
             return "it overwrites what others read"
         if unit.convs or (unit.norm is not None and (activation is not None or not self._is(head, nn.GroupNorm))):
             return None
-        if activation is None or unit.dropout is None and self._activation(activation)["reads_input"]:
+        if activation is None or (unit.dropout is None and self._activation(activation)["reads_input"]):
             return "it keeps its input and nothing else, as it is"
         keeper = next((node for node in unit.others if self._may_keep(node)), None)
         return None if keeper is None else f"its output is kept for {label(keeper)} as it is"

@@ -11,7 +11,6 @@ from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 from torch import fx, nn
 from torch.utils import checkpoint
 
@@ -92,7 +91,9 @@ class Forward:
     def of(cls, module: nn.Module, graph: fx.Graph, notes: Any = None) -> Forward:
         code = graph.python_code("self")
         (body,) = [c for c in compile(code.src, "<forward>", "exec").co_consts if isinstance(c, CodeType)]
-        return cls(type(module), code.src, {name: code.globals[name] for name in body.co_names if name in code.globals}, notes)
+        return cls(
+            type(module), code.src, {name: code.globals[name] for name in body.co_names if name in code.globals}, notes
+        )
 
     def __deepcopy__(self, memo: Any) -> Forward:
         return self
