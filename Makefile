@@ -5,13 +5,14 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE $(wildcard rwn_ext/*.py rwn_ext/*/*.py)
 
+.DELETE_ON_ERROR:
 .PHONY: demo test bench lint gpu clean
 
 demo: $(VENV)/installed-paper
 	$(VENV)/bin/python -m rwn_ext.paper demo
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto
 
 bench: $(VENV)/installed-bench
 	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr --benchmark-json=bench-results.json
