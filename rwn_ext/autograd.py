@@ -57,35 +57,50 @@ class PartialConv2dFunction(torch.autograd.Function):
         ctx.save_for_backward(*(weights if needs_input else (None, None, None)), kept)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
         ctx.weight_dtype = None if weight_trainable is None else weight_trainable.dtype
-        return torch.convolution(
-            input, merged_weight(weights, layer, input.dtype, "forward"),
-            merged_bias(bias_trainable, bias_frozen, layer, input.dtype, "forward"), layer.stride, layer.padding,
-            layer.dilation, False, (0, 0), layer.groups,
-        )  # fmt: skip
+        return convolve(input, weights, (bias_trainable, bias_frozen), layer)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        layer: Layer = ctx.layer
         needs_input, _, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
         *weights, seen = ctx.saved_tensors
-        grad_input = grad_weight = grad_bias = None
-        geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
         with without_autocast(grad_output):
-            if needs_input:
-                weight = merged_weight(weights, layer, grad_output.dtype, "backward")
-                if needs_weight and layer.seen is None:
-                    grad_input, grad_weight = ops.conv2d_grads(
-                        grad_output, seen, weight, layer.filters, *geometry, layer.algorithm, ctx.weight_dtype
-                    )
-                else:
-                    grad_input = ops.conv2d_input_grad(grad_output, weight, ctx.input_size, *geometry)
-            if needs_weight and grad_weight is None:
-                grad_weight = ops.conv2d_weight_grad(
-                    grad_output, seen, layer.filters, *geometry, layer.algorithm, ctx.weight_dtype
-                )
-            if needs_bias:
-                grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))
+            grad_input, grad_weight, grad_bias = gradients(
+                grad_output, weights, seen, ctx.layer, ctx.input_size, ctx.weight_dtype,
+                (needs_input, needs_weight, needs_bias),
+            )  # fmt: skip
         return grad_input, None, grad_weight, None, None, grad_bias, None, None
+
+
+def convolve(input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer) -> Tensor:
+    """The convolution with the weight and bias merged from these parts, in the input's type."""
+    return torch.convolution(
+        input, merged_weight(weights, layer, input.dtype, "forward"),
+        merged_bias(*biases, layer, input.dtype, "forward"), layer.stride, layer.padding, layer.dilation, False,
+        (0, 0), layer.groups,
+    )  # fmt: skip
+
+
+def gradients(
+    grad_output: Tensor, weights: Sequence[Tensor | None], seen: Tensor | None, layer: Layer, input_size: Any,
+    weight_dtype: torch.dtype | None, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients that `needs` asks for: of the input, the learned weights (in their type), the learned biases."""
+    grad_input = grad_weight = grad_bias = None
+    needs_input, needs_weight, needs_bias = needs
+    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    if needs_input:
+        weight = merged_weight(weights, layer, grad_output.dtype, "backward")
+        if needs_weight and layer.seen is None:
+            grad_input, grad_weight = ops.conv2d_grads(
+                grad_output, seen, weight, layer.filters, *geometry, layer.algorithm, weight_dtype
+            )
+        else:
+            grad_input = ops.conv2d_input_grad(grad_output, weight, input_size, *geometry)
+    if needs_weight and grad_weight is None:
+        grad_weight = ops.conv2d_weight_grad(grad_output, seen, layer.filters, *geometry, layer.algorithm, weight_dtype)
+    if needs_bias:
+        grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))
+    return grad_input, grad_weight, grad_bias
 
 
 def merged_weight(parts: Sequence[Tensor | None], layer: Layer, dtype: torch.dtype, stage: str | None = None) -> Tensor:

@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwn_ext.describe import describe, table
 from rwn_ext.draw import draw_
+from rwn_ext.frozen_norm import freeze_norms, unfreeze_norms
+from rwn_ext.lean import explain, make_lean, undo_lean
 from rwn_ext.modules import PARTS, PartialConv2d
-from rwn_ext.report import describe
+from rwn_ext.subsets import choose
+
+NORMS = ("train", "frozen")
 
 
 def convert(
@@ -28,6 +33,8 @@ def convert(
     frozen: str = "random",
     algorithm: str | None = None,
     draw_seed: int | None = None,
+    norm: str = "train",
+    lean: bool = False,
     skip: str | Iterable[str] = (),
     verbose: bool = False,
     example: Tensor | None = None,
@@ -42,6 +49,12 @@ def convert(
             decides; a layer that none matches stays an nn.Conv2d.
         draw_seed: give the converted layers new initial values, drawn from this seed by `rwn_ext.draw_`, for which a
             compact checkpoint needs no more than the seed; default: they keep their values.
+        trainable_inputs: as for `PartialConv2d`; of a depthwise convolution, which has one input channel a filter, it
+            chooses among all of the layer's input channels, and the filters of the others learn nothing.
+        norm: "train" leaves every BatchNorm as it is; "frozen" fixes running statistics, gamma and beta, also in
+            training mode.
+        lean: keep for backward only what the learned part needs, by rewriting the model's forward (see
+            `rwn_ext.lean.make_lean`); outputs and gradients stay the same, on a CPU bit for bit.
         skip: names or patterns of layers to leave as they are.
         verbose: print a table of the layers; with `example`, an input of the model, also the planned algorithms.
         (the others as for `PartialConv2d`; one `seed` draws all layers, each differently)
@@ -52,10 +65,12 @@ def convert(
     Raises ValueError or TypeError naming the layer for a choice that does not fit it, and for a pattern that matches no
     layer; the model is then unchanged.
     """
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     make = partial(
-        PartialConv2d.from_conv2d, trainable_inputs=trainable_inputs, trainable_bias=trainable_bias, select=select,
-        seed=generator, frozen=frozen, algorithm=algorithm,
+        PartialConv2d.from_conv2d, trainable_bias=trainable_bias, select=select, seed=generator, frozen=frozen,
+        algorithm=algorithm,
     )  # fmt: skip
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     skip = [skip] if isinstance(skip, str) else list(skip)
@@ -72,22 +87,33 @@ def convert(
             left[name] = obstacle
             continue
         try:
-            replacements[conv] = _with_hooks(make(conv, trainable=choice), conv)
+            chosen = _both_choices(conv, choice, trainable_inputs, select, generator)
+            replacements[conv] = _with_hooks(make(conv, trainable=chosen[0], trainable_inputs=chosen[1]), conv)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
     if left:
         listed = "; ".join(f"{name or 'the model'} ({why})" for name, why in left.items())
         warnings.warn(f"left as they are, learning all they learned before: {listed}", stacklevel=2)
+    if norm == "frozen":
+        freeze_norms(model)
     model = _replace(model, replacements)
     if draw_seed is not None:
         draw_(model, draw_seed, layers=[name for name, conv in convs.items() if conv in replacements])
+    if lean:
+        _make_lean(model)
     if verbose:
         print(describe(model, example))
+        if lean:
+            print(table(["layer", "kept for backward"], [(name, text) for name, text in explain(model).items()]))
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Replaces, in place, every `PartialConv2d` by an `nn.Conv2d` that computes the same. Returns the model."""
+    """Replaces, in place, every `PartialConv2d` by an `nn.Conv2d` that computes the same. Returns the model.
+
+    Undoes `lean` and `norm="frozen"` too.
+    """
+    unfreeze_norms(undo_lean(model))
     return _replace(model, {module: _with_hooks(module.to_conv2d(), module) for module in _partial(model).values()})
 
 
@@ -217,6 +243,29 @@ def _choice(trainable: Any, name: str) -> Any:
     return next(
         (choice for pattern, choice in reversed(list(trainable.items())) if fnmatchcase(name, pattern)), _NO_CHOICE
     )
+
+
+def _both_choices(
+    conv: nn.Conv2d, trainable: Any, trainable_inputs: Any, select: str, generator: torch.Generator | None
+) -> tuple[Any, Any]:
+    """(trainable, trainable_inputs) for this layer: input channels of a depthwise one are chosen by their filters."""
+    channels, groups = conv.in_channels, conv.groups
+    if trainable_inputs is None or groups == 1 or groups != channels:
+        return trainable, trainable_inputs
+    by_channel = conv.weight.reshape(channels, -1, *conv.kernel_size)
+    chosen = choose(
+        trainable_inputs, channels, what="trainable_inputs", policy=select, weight=by_channel, seed=generator
+    )
+    filters = choose(trainable, conv.out_channels, policy=select, weight=conv.weight, seed=generator)
+    inside = set(chosen.indices)
+    return [k for k in filters.indices if k * channels // conv.out_channels in inside], None
+
+
+def _make_lean(model: nn.Module) -> None:
+    make_lean(model)
+    stopped = [f"{name} ({text})" for name, text in explain(model).items() if text.startswith("not traced")]
+    if stopped:
+        warnings.warn(f"kept as they are, but for what is inside them: {'; '.join(stopped)}", stacklevel=3)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -159,13 +159,19 @@ def _settled(input: Tensor, layer: Layer, partition: Partition, dtype: torch.dty
     return input
 
 
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The type that autocast wants F.conv2d to compute in; None where it is off."""
+    if not autocasts(input):
+        return None
+    return input.dtype if input.dtype == torch.float64 else torch.get_autocast_dtype(input.device.type)
+
+
 def _cast(input: Tensor, dtype: torch.dtype) -> Tensor:
     """The input in the type of the computation: autocast's where it is on, as for F.conv2d, else its own."""
-    if autocasts(input):
-        return input if input.dtype == torch.float64 else input.to(torch.get_autocast_dtype(input.device.type))
-    if input.dtype != dtype:
+    wanted = autocast_dtype(input)
+    if wanted is None and input.dtype != dtype:
         raise RuntimeError(f"input type ({input.dtype}) and weight type ({dtype}) should be the same")
-    return input
+    return input.to(wanted or dtype)
 
 
 def _problem(input: Tensor, layer: Layer, partition: Partition) -> planner.Problem:

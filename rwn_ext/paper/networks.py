@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rwn_ext.convert import convert
 from rwn_ext.draw import draw_
+from rwn_ext.lean import make_lean
 
 NAMES = "wrn-D-K (wrn-28-10), densenet-bc-L-k (densenet-bc-100-12), vgg11-bn, vgg19-bn, vgg19, alexnet"
 
@@ -27,6 +28,7 @@ def build(
     learn_bn: bool = True,
     dropout: float | None = None,
     seed: int | None = None,
+    lean: bool = False,
 ) -> Network:
     """A network of the paper with the paper's initialisation, of which only a part is learned.
 
@@ -41,6 +43,7 @@ def build(
         dropout: of WRN between the convolutions of a unit; None is the paper's: 0.3 for wrn-28-10, else 0.
         seed: initial values are drawn from it by `rwn_ext.draw_`, the same on every machine, leaving torch's global
             generator as it was; None draws from the global.
+        lean: keep for backward only what the learned part needs (see `rwn_ext.convert`).
 
     Raises ValueError for an unknown name or part, and for a choice that leaves nothing to learn.
     Source: sections 3 and 4; without `only` the "fractional" experiments, with it the "integral" ones.
@@ -57,7 +60,7 @@ def build(
                 module.requires_grad_(False)
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError(f"part={part!r}, only={only!r}, learn_bn={learn_bn} leave nothing of {name} to learn")
-    return network
+    return make_lean(network) if lean else network
 
 
 def _maker(name: str, num_classes: int, dropout: float | None) -> Callable[[], Network]:
