@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rwn_ext import zeroed
 from rwn_ext.functional import partial_conv2d, weight_grad_problem
 from rwn_ext.ops import Pair
 from rwn_ext.partition import BIAS_PARTS, WEIGHT_PARTS, Partition
@@ -47,8 +48,11 @@ class PartialConv2d(nn.Module):
         trainable_bias: "with_filters" (a learned filter's bias is learned), "all" or "none".
         select: which channels a fraction or count takes: "last" (the paper's), "first", "random", "magnitude".
         seed: of `select="random"`.
-        frozen: what is not learned keeps its initial value ("random") or is zero ("zero").
-        algorithm: of the weight gradient, see `rwn_ext.planner.ALGORITHMS`; default: the planner's choice.
+        frozen: what is not learned keeps its initial value ("random") or is zero ("zero"). Zeros are not computed: such
+            a layer costs what its learned filters alone cost. A filter that is no longer learned becomes zero, and
+            loading other values into it is an error. `rwn_ext.zeroed.fold` saves more in whole models.
+        algorithm: of the weight gradient, see `rwn_ext.planner.ALGORITHMS`; default: the planner's choice. With
+            frozen="zero" it is always the library's, of the learned filters alone.
 
     Shapes as for `nn.Conv2d`: (N, C, H, W) or (C, H, W) in, (N, K, P, Q) or (K, P, Q) out.
 
@@ -131,10 +135,14 @@ class PartialConv2d(nn.Module):
         return conv.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.frozen == "zero":
+            return zeroed.conv2d(
+                input, self.weight_trainable, self.bias_trainable, self.kernel_size, self.stride, self.padding,
+                self.dilation, self.padding_mode, partition=self.partition, dtype=self._like.dtype,
+            )  # fmt: skip
         return partial_conv2d(
-            input, self.weight_trainable, self.weight_frozen, self.weight_frozen_inputs, self.bias_trainable,
-            self.bias_frozen, self.stride, self.padding, self.dilation, self.padding_mode, partition=self.partition,
-            algorithm=self.algorithm,
+            zeroed.dense(input), *self._parts(WEIGHT_PARTS + BIAS_PARTS), self.stride, self.padding, self.dilation,
+            self.padding_mode, partition=self.partition, algorithm=self.algorithm,
         )  # fmt: skip
 
     @property
@@ -178,7 +186,7 @@ class PartialConv2d(nn.Module):
         seed: int | torch.Generator | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> PartialConv2d:
-        """Chooses anew what is learned; the function computed stays the same. Returns the module.
+        """Chooses anew what is learned; the function computed stays the same unless frozen="zero". Returns the module.
 
         The Parameters stay the same objects with new values, possibly of a new shape, so optimizers keep them. Given
         the `optimizer`, its state moves with the weights: what stays learned keeps its momentum, what is new starts at
@@ -213,6 +221,7 @@ class PartialConv2d(nn.Module):
         """`set_trainable_` of what `partition_for` has checked."""
         weight, bias = self.weight.detach(), self.bias
         parts = partition.split_weight(weight) | partition.split_bias(None if bias is None else bias.detach())
+        self._zero_fixed(parts)
         if optimizer is not None:
             self._move_state(optimizer, partition)
         self.partition = partition
@@ -280,11 +289,15 @@ class PartialConv2d(nn.Module):
         """The parts of these initial values, the fixed ones zeroed if this layer wants them so."""
         bias = None if bias is None else bias.detach()
         parts = self.partition.split_weight(weight.detach()) | self.partition.split_bias(bias)
+        self._zero_fixed(parts)
+        return parts
+
+    def _zero_fixed(self, parts: dict[str, Tensor | None]) -> None:
+        """Zeroes the fixed ones of these parts, if this layer wants them so."""
         if self.frozen == "zero":
             for name, part in parts.items():
                 if part is not None and "frozen" in name:
                     part.zero_()
-        return parts
 
     def _set_parts(self, parts: dict[str, Tensor | None]) -> None:
         for name, part in parts.items():
@@ -366,7 +379,16 @@ class PartialConv2d(nn.Module):
                     f"shape in current model is {current.shape}."
                 )
             else:
-                own.update({prefix + part: value for part, value in split(whole).items() if value is not None})
+                parts = split(whole)
+                if self.frozen == "zero" and any(p is not None and p.any() for n, p in parts.items() if "frozen" in n):
+                    refused.append(name)
+                    error_msgs.append(
+                        f"{prefix}{name} holds values other than zero where this layer learns nothing and is "
+                        'frozen="zero", which never computes them; load into a layer with frozen="random" and the same '
+                        'subset, or convert(..., frozen="zero") after loading, which zeroes them.'
+                    )
+                    continue
+                own.update({prefix + part: value for part, value in parts.items() if value is not None})
         missing: list[str] = []
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         whole_of = dict.fromkeys(WEIGHT_PARTS, "weight") | dict.fromkeys(BIAS_PARTS, "bias")
