@@ -141,8 +141,9 @@ class PartialConv2d(nn.Module):
                 self.dilation, self.padding_mode, partition=self.partition, dtype=self._like.dtype,
             )  # fmt: skip
         return partial_conv2d(
-            zeroed.dense(input), *self._parts(WEIGHT_PARTS + BIAS_PARTS), self.stride, self.padding, self.dilation,
-            self.padding_mode, partition=self.partition, algorithm=self.algorithm,
+            zeroed.dense(input), self.weight_trainable, self.weight_frozen, self.weight_frozen_inputs,
+            self.bias_trainable, self.bias_frozen, self.stride, self.padding, self.dilation, self.padding_mode,
+            partition=self.partition, algorithm=self.algorithm,
         )  # fmt: skip
 
     @property
