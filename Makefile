@@ -5,6 +5,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE $(wildcard rwn_ext/*.py rwn_ext/*/*.py)
 
+.DELETE_ON_ERROR:
 .PHONY: demo test bench lint gpu clean
 
 demo: $(VENV)/installed-paper
