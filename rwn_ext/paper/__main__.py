@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--out", type=Path, metavar="FOLDER", help="of checkpoint.pt and log.jsonl (default: in runs/)")
     where.add_argument("--resume", action="store_true", help="continue the run in --out")
     sweep = programs.add_parser("sweep", help="train every combination of a file", description=_sweep.__doc__)
-    sweep.set_defaults(program=_sweep)
+    sweep.set_defaults(program=_sweep, needs=("rich", "tomllib" if sys.version_info >= (3, 11) else "tomli"))
     sweep.add_argument("file", type=Path, metavar="FILE.toml", help="tables [fixed] and [grid] of train's flags")
     sweep.add_argument("--out", type=Path, metavar="FOLDER", help="of the runs (default: in runs/)")
     sweep.add_argument("--jobs", type=int, default=1, help="runs at once, each a process (default 1)")
@@ -121,7 +121,7 @@ def _sweep(options: argparse.Namespace) -> int:
     def run(sweep: Sweep) -> None:
         failed.append(sweep.run())
 
-    code = _run(prepare, run, interrupted="the same command continues")
+    code = _run(prepare, run, lambda _: "the same command continues")
     return code or int(any(failed))
 
 
