@@ -76,8 +76,17 @@ def weight_grad_problem(
     partition: Partition,
 ) -> planner.Problem:
     """The weight gradient that `partial_conv2d` leaves to backward for these arguments, as the planner sees it."""
+    batched, layer = settle(input, kernel_size, stride, padding, dilation, padding_mode, partition, input.dtype)
+    return _problem(batched, layer, partition)
+
+
+def settle(
+    input: Tensor, kernel_size: Sequence[int], stride: int | Pair, padding: int | Pair | str, dilation: int | Pair,
+    padding_mode: str, partition: Partition, dtype: torch.dtype,
+) -> tuple[Tensor, Layer]:  # fmt: skip
+    """The batched, padded, cast input of the convolution proper, and its constants."""
     layer = _layer(partition, kernel_size, stride, padding, dilation, padding_mode, "auto")
-    return _problem(_settled(input, layer, partition, input.dtype), layer, partition)
+    return _settled(input, layer, partition, dtype), layer
 
 
 def _plain_conv2d(
@@ -171,7 +180,8 @@ def _cast(input: Tensor, dtype: torch.dtype) -> Tensor:
     wanted = autocast_dtype(input)
     if wanted is None and input.dtype != dtype:
         raise RuntimeError(f"input type ({input.dtype}) and weight type ({dtype}) should be the same")
-    return input.to(wanted or dtype)
+    dtype = wanted or dtype
+    return input if input.dtype == dtype else input.to(dtype)
 
 
 def _problem(input: Tensor, layer: Layer, partition: Partition) -> planner.Problem:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rwn_ext import zeroed
 from rwn_ext.functional import partial_conv2d, weight_grad_problem
 from rwn_ext.ops import Pair
 from rwn_ext.partition import BIAS_PARTS, WEIGHT_PARTS, Partition
@@ -52,8 +53,11 @@ class PartialConv2d(nn.Module):
         trainable_bias: "with_filters" (a learned filter's bias is learned), "all" or "none".
         select: which channels a fraction or count takes: "last" (the paper's), "first", "random", "magnitude".
         seed: of `select="random"`.
-        frozen: what is not learned keeps its initial value ("random") or is zero ("zero").
-        algorithm: of the weight gradient, see `rwn_ext.planner.ALGORITHMS`; default: the planner's choice.
+        frozen: what is not learned keeps its initial value ("random") or is zero ("zero"). Zeros are not computed: such
+            a layer costs what its learned filters alone cost. A filter that is no longer learned becomes zero, and
+            loading other values into it is an error. `rwn_ext.zeroed.fold` saves more in whole models.
+        algorithm: of the weight gradient, see `rwn_ext.planner.ALGORITHMS`; default: the planner's choice. With
+            frozen="zero" it is always the library's, of the learned filters alone.
 
     Shapes as for `nn.Conv2d`: (N, C, H, W) or (C, H, W) in, (N, K, P, Q) or (K, P, Q) out.
 
@@ -141,6 +145,12 @@ class PartialConv2d(nn.Module):
         return conv.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.frozen == "zero":
+            return zeroed.conv2d(
+                input, self.weight_trainable, self.bias_trainable, self.kernel_size, self.stride, self.padding,
+                self.dilation, self.padding_mode, partition=self.partition, dtype=self._like.dtype,
+            )  # fmt: skip
+        input = zeroed.dense(input)
         if input.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
             self.captured = True
         learned, fixed, fixed_inputs, bias_learned, bias_fixed = self._parts(WEIGHT_PARTS + BIAS_PARTS)
@@ -200,7 +210,7 @@ class PartialConv2d(nn.Module):
         seed: int | torch.Generator | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> PartialConv2d:
-        """Chooses anew what is learned; the function computed stays the same. Returns the module.
+        """Chooses anew what is learned; the function computed stays the same unless frozen="zero". Returns the module.
 
         The Parameters stay the same objects with new values, possibly of a new shape, so optimizers keep them, also
         over a time in which the layer learns nothing. Given the `optimizer`, its state (momentum, moments) moves with
@@ -248,6 +258,7 @@ class PartialConv2d(nn.Module):
             return self
         weight, bias = self.weight.detach(), self.bias
         parts = partition.split_weight(weight) | partition.split_bias(None if bias is None else bias.detach())
+        self._zero_fixed(parts)
         if optimizer is not None:
             self._move_state(optimizer, partition)
         self.partition = partition
@@ -316,11 +327,15 @@ class PartialConv2d(nn.Module):
         """The parts of these initial values, the fixed ones zeroed if this layer wants them so."""
         bias = None if bias is None else bias.detach()
         parts = self.partition.split_weight(weight.detach()) | self.partition.split_bias(bias)
+        self._zero_fixed(parts)
+        return parts
+
+    def _zero_fixed(self, parts: dict[str, Tensor | None]) -> None:
+        """Zeroes the fixed ones of these parts, if this layer wants them so."""
         if self.frozen == "zero":
             for name, part in parts.items():
                 if part is not None and "frozen" in name:
                     part.zero_()
-        return parts
 
     def _set_parts(self, parts: dict[str, Tensor | None]) -> None:
         for name, part in parts.items():
@@ -472,6 +487,13 @@ class PartialConv2d(nn.Module):
             )
         else:
             parts = self.partition.split_weight(whole) if name == "weight" else self.partition.split_bias(whole)
+            if self.frozen == "zero" and any(p is not None and p.any() for n, p in parts.items() if "frozen" in n):
+                error_msgs.append(
+                    f"{prefix}{name} holds values other than zero where this layer learns nothing and is "
+                    'frozen="zero", which never computes them; load into a layer with frozen="random" and the same '
+                    'subset, or convert(..., frozen="zero") after loading, which zeroes them.'
+                )
+                return True
             own.update({prefix + part: value for part, value in parts.items() if value is not None})
             return False
         return True

@@ -349,7 +349,7 @@ def _touched_groups(filters: Runs, out_channels: int, groups: int) -> Runs:
 
 
 @lru_cache(maxsize=4096)
-def _group_classes(filters: Runs, out_channels: int, groups: int) -> tuple[_GroupClass, ...]:
+def group_classes(filters: Runs, out_channels: int, groups: int) -> tuple[_GroupClass, ...]:
     learned = run_indices(filters)
     rows_of: dict[int, list[int]] = {}
     for row, k in enumerate(learned):
@@ -398,7 +398,7 @@ def _candidates(filters: Runs, out_channels: int, groups: int) -> tuple[Runs, Ru
 
 def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """The library's weight gradient of the learned filters alone, one call a class of groups."""
-    classes, layout = _group_classes(filters, grad_output.size(1), groups), memory_format(input)
+    classes, layout = group_classes(filters, grad_output.size(1), groups), memory_format(input)
     parts = [
         _library_weight_grad(
             _gather_channels(grad_output, members.filters, layout),

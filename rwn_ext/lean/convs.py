@@ -109,6 +109,8 @@ def _padding(module: nn.Module) -> Pair | None:
     """The zeros on either side, if that is all the padding there is."""
     if type(module) not in (nn.Conv2d, PartialConv2d) or module.padding_mode != "zeros":
         return None
+    if type(module) is PartialConv2d and module.frozen == "zero":
+        return None  # it has a cheaper way of its own
     if module.padding == "valid":
         return 0, 0
     if module.padding == "same":

@@ -96,15 +96,15 @@ class BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        device_type = next((grad.device.type for grad in grads if grad is not None), None)
-        if device_type is None:
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
             return (None,) * len(ctx.needs_input_grad)
         kept = ctx.constants | dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         if torch.is_grad_enabled() and ctx.needs.below and any(t.grad_fn is None for t in _seen_parts(kept)):
             raise RuntimeError(
                 "this lean block kept too little of its activation for second derivatives; convert without lean=True"
             )
-        with without_autocast(device_type):
+        with without_autocast(some):
             return None, *_gradients(ctx.block, ctx.needs, kept, ctx.y_size, ctx.y_dtype, grads)
 
 

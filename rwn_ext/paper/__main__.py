@@ -1,4 +1,4 @@
-"""The paper's programs: `python -m rwn_ext.paper train` and `demo`."""
+"""The paper's programs: `python -m rwn_ext.paper train`, `sweep` and `demo`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--compile", action="store_true", help="torch.compile the network")
     where.add_argument("--out", type=Path, metavar="FOLDER", help="of checkpoint.pt and log.jsonl (default: in runs/)")
     where.add_argument("--resume", action="store_true", help="continue the run in --out")
+    sweep = programs.add_parser("sweep", help="train every combination of a file", description=_sweep.__doc__)
+    sweep.set_defaults(program=_sweep, needs=("rich", "tomllib" if sys.version_info >= (3, 11) else "tomli"))
+    sweep.add_argument("file", type=Path, metavar="FILE.toml", help="tables [fixed] and [grid] of train's flags")
+    sweep.add_argument("--out", type=Path, metavar="FOLDER", help="of the runs (default: in runs/)")
+    sweep.add_argument("--jobs", type=int, default=1, help="runs at once, each a process (default 1)")
+    sweep.add_argument("--budget-epochs", type=int, help="train no run for longer")
+    sweep.add_argument("--data", type=Path, metavar="FOLDER", help="as for train")
     demo = programs.add_parser("demo", help="what learning less saves, on digits", description=_demo.__doc__)
     demo.set_defaults(program=_demo, needs=("rich", "matplotlib", "sklearn"))
     demo.add_argument("--out", type=Path, metavar="FOLDER", default=Path("demo"))
@@ -99,6 +106,23 @@ def _train(options: argparse.Namespace) -> int:
         return "--resume continues after the last whole epoch" if run.history else "no epoch was done; start again"
 
     return _run(prepare, train_with_progress, way_on)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """Trains every combination of a TOML file and ends with a table. Stopped and started again, it continues."""
+    from rwn_ext.paper.sweep import Sweep
+
+    out = options.out or Path("runs") / options.file.stem
+    failed = []
+
+    def prepare() -> Sweep:
+        return Sweep(options.file, out, jobs=options.jobs, budget_epochs=options.budget_epochs, data=options.data)
+
+    def run(sweep: Sweep) -> None:
+        failed.append(sweep.run())
+
+    code = _run(prepare, run, lambda _: "the same command continues")
+    return code or int(any(failed))
 
 
 def _demo(options: argparse.Namespace) -> int:

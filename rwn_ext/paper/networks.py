@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rwn_ext.convert import convert
 from rwn_ext.draw import draw_
 from rwn_ext.lean import make_lean
+from rwn_ext.zeroed import fold
 
 NAMES = "wrn-D-K (wrn-28-10), densenet-bc-L-k (densenet-bc-100-12), vgg11-bn, vgg19-bn, vgg19, alexnet"
 
@@ -36,7 +37,7 @@ def build(
         name: wrn-D-K, densenet-bc-L-k, vgg11-bn, vgg19-bn, vgg19 or alexnet.
         part: what every convolution learns, as `trainable` of `PartialConv2d`: a fraction, a count of filters, ...;
             None: everything, in plain `nn.Conv2d`.
-        frozen: fixed filters keep their random values ("random") or are zero ("zero").
+        frozen: fixed filters keep their random values ("random") or are zero ("zero"), and are then not computed.
         only: learn one part of the network (conv1, block1, ..., fc; see `parts` of the network) or "nothing", the
             classifier staying random unless it is the part. `part` then says how much of each convolution in it.
         learn_bn: learn gamma and beta of every BatchNorm; running statistics are always updated.
@@ -54,6 +55,8 @@ def build(
     if seed is not None:
         draw_(network, seed, init=network.init)
     _fix(network, part, frozen, only)
+    if frozen == "zero" and not lean:
+        fold(network)
     if not learn_bn:
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
