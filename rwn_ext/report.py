@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from rwn_ext.backends import backends as backends
 from rwn_ext.modules import PartialConv2d
 from rwn_ext.planner import plan, requested
 
