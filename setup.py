@@ -68,10 +68,10 @@ def tool(name):
 
 class BuildKernels(build_ext):
     def build_extension(self, extension):
-        import pybind11
-
         nvcc = find_nvcc()
         archs = ";".join(architectures(nvcc))
+        import pybind11
+
         if "CMAKE_BUILD_PARALLEL_LEVEL" not in os.environ:
             os.environ["CMAKE_BUILD_PARALLEL_LEVEL"] = str(len(os.sched_getaffinity(0)))
         # One folder for each Python and toolkit: CMake cannot change its compiler.
