@@ -5,6 +5,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE MANIFEST.in $(wildcard rwn_ext/*.py rwn_ext/*/*.py csrc/* csrc/*/*)
 
+.DELETE_ON_ERROR:
 .PHONY: demo test bench lint gpu clean
 
 demo: $(VENV)/installed-paper
@@ -13,7 +14,7 @@ demo: $(VENV)/installed-paper
 test: $(VENV)/installed-test
 	# Tests run the code of this folder: its kernels too, compiled just now if an nvcc was found.
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto
 
 bench: $(VENV)/installed-bench
 	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr --benchmark-json=bench-results.json

@@ -1,6 +1,6 @@
 """What is compiled, with what: the Python packages, and `rwn_ext._cuda` from csrc/ where an nvcc is found.
 
-CMake and ninja drive nvcc; torch is not needed to build. nvcc is looked for in CUDA_HOME, on PATH and among the packages
+CMake and ninja drive nvcc; torch is not needed to build. nvcc is sought in CUDA_HOME, on PATH and among the packages
 of this Python. None: the package is plain Python, and says so. One that does not work, or a compile error: the build
 fails. RWN_EXT_CUDA_ARCHS ("80;90a", or "none" for no kernels) overrides the architectures. What was compiled stays in
 build/, so that a second build compiles what changed. Metadata stands in pyproject.toml.
@@ -98,7 +98,9 @@ class BuildKernels(build_ext):
 class BuildPython(build_py):
     def run(self):
         if not self.distribution.ext_modules:
-            print("rwn_ext: no nvcc in CUDA_HOME or on PATH (or none wanted): built without CUDA kernels", file=sys.stderr)
+            print(
+                "rwn_ext: no nvcc in CUDA_HOME or on PATH (or none wanted): built without CUDA kernels", file=sys.stderr
+            )
         super().run()
 
 

@@ -10,7 +10,7 @@ from rwn_ext import cuda
 
 
 def backends() -> str:
-    """In words: torch, Triton, the compiled kernels (toolkit, architectures, compiler), the device they would run on."""
+    """In words: torch, Triton, the compiled kernels (toolkit, architectures, compiler), the device."""
     return "\n".join(
         [f"aten: torch {torch.__version__}", f"triton: {_triton()}", f"cuda: {_kernels()}", f"device: {_device()}"]
     )
@@ -26,7 +26,9 @@ def _triton() -> str:
 
 def _kernels() -> str:
     if cuda.native is None:
-        return "no rwn_ext._cuda beside this package: built without nvcc, or not built in this folder (pip install -e .)"
+        return (
+            "no rwn_ext._cuda beside this package: built without nvcc, or not built in this folder (pip install -e .)"
+        )
     native = cuda.native
     return f"nvcc {native.TOOLKIT}, architectures {native.ARCHITECTURES}, {native.COMPILER}"
 

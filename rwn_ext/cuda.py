@@ -106,7 +106,9 @@ def obstacle(channels: int, learned: int, groups: int, dtype: torch.dtype, devic
 def _check(grad_output: Tensor, input: Tensor, filters: Runs, scale: Tensor | None, shift: Tensor | None) -> None:
     """What a kernel would otherwise read out of bounds."""
     if input.dim() != 4 or grad_output.dim() != 4 or input.size(0) != grad_output.size(0):
-        raise ValueError(f"input {tuple(input.shape)} and grad_output {tuple(grad_output.shape)} must be N C H W, N K P Q")
+        raise ValueError(
+            f"input {tuple(input.shape)} and grad_output {tuple(grad_output.shape)} must be N C H W, N K P Q"
+        )
     if input.dtype not in TYPES or grad_output.dtype != input.dtype:
         raise ValueError(f"input is {input.dtype}, grad_output {grad_output.dtype}: both must be one of {list(TYPES)}")
     if input.device.type != "cuda" or grad_output.device != input.device:

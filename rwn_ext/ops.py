@@ -373,8 +373,8 @@ def _(
     grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
     dilation: Pair, groups: int, algorithm: str, out_val: Any = None,
 ) -> int:  # fmt: skip
-    task = problem(
+    task, _ = _planned(
         input.shape, grad_output.size(1), tuple(filters), tuple(kernel_size), tuple(stride), tuple(padding),
-        tuple(dilation), groups, input.device.type, memory_format(input),
+        tuple(dilation), groups, input.device.type, memory_format(input), algorithm,
     )  # fmt: skip
     return _flops(task, algorithm)

@@ -1,4 +1,4 @@
-"""The compiled kernels without a GPU: their index arithmetic, their source run thread by thread on the CPU, their plans,
+"""The compiled kernels without a GPU: their index arithmetic, their source run on the CPU, their plans,
 what the compiler made of them, and how they fail where there is no device."""
 
 import re
@@ -17,11 +17,17 @@ from rwn_ext.report import backends
 CSRC = Path(__file__).parents[1] / "csrc"
 FAMILIES = ["gemm_ffma", "gemm_mma", "gemm_wgmma", "depthwise"]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-needs_module = pytest.mark.skipif(cuda.native is None, reason="rwn_ext._cuda is not built here: no nvcc, or not in place")
-
-H200 = dict(
-    capability=90, multiprocessors=132, block_memory=227 * 1024, multiprocessor_memory=228 * 1024, bandwidth=4300.0
+needs_module = pytest.mark.skipif(
+    cuda.native is None, reason="rwn_ext._cuda is not built here: no nvcc, or not in place"
 )
+
+H200 = {
+    "capability": 90,
+    "multiprocessors": 132,
+    "block_memory": 227 * 1024,
+    "multiprocessor_memory": 228 * 1024,
+    "bandwidth": 4300.0,
+}
 
 
 def compiled(folder: Path, *sources: str) -> Path:
@@ -64,12 +70,23 @@ def problem(channels=64, size=32, learned=3, batch=128, kernel=3, dtype=1, chann
     strides = (channels * size * size, 1, size * channels, channels)
     if not channels_last:
         strides = (channels * size * size, size * size, size, 1)
-    arguments = dict(
-        input_size=(batch, channels, size, size), input_strides=strides, output_size=(size, size),
-        grad_output_strides=strides, result_strides=(channels * kernel**2, 1, kernel * channels, channels),
-        learned=learned, kernel_size=(kernel, kernel), stride=(1, 1), padding=(kernel // 2,) * 2, dilation=(1, 1),
-        depthwise=False, aligned=True, normed=False, type=dtype, result_type=0,
-    )  # fmt: skip
+    arguments = {
+        "input_size": (batch, channels, size, size),
+        "input_strides": strides,
+        "output_size": (size, size),
+        "grad_output_strides": strides,
+        "result_strides": (channels * kernel**2, 1, kernel * channels, channels),
+        "learned": learned,
+        "kernel_size": (kernel, kernel),
+        "stride": (1, 1),
+        "padding": (kernel // 2,) * 2,
+        "dilation": (1, 1),
+        "depthwise": False,
+        "aligned": True,
+        "normed": False,
+        "type": dtype,
+        "result_type": 0,
+    }
     return cuda.native.Problem(**(arguments | changes))
 
 
@@ -130,7 +147,9 @@ def test_old_chips_have_no_tensor_core_path():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_without_a_device_every_call_raises_cudas_words():
     plan = cuda.native.plan(problem(batch=1, size=8), cuda.native.Device(**H200), "mma")
-    pointers = dict.fromkeys(("input", "grad_output", "filters", "scale", "shift", "result", "workspace", "counters"), 0)
+    pointers = dict.fromkeys(
+        ("input", "grad_output", "filters", "scale", "shift", "result", "workspace", "counters"), 0
+    )
     for call in (
         lambda: cuda.native.device(0),
         lambda: cuda.native.weight_grad(plan, first_filter=0, stream=0, **pointers),
@@ -188,7 +207,9 @@ def test_machine_code_keeps_its_contracts():
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump on PATH or beside triton")
-    usage = subprocess.run([tool, "-res-usage", cuda.native.__file__], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [tool, "-res-usage", cuda.native.__file__], capture_output=True, text=True, check=True
+    ).stdout
     entries = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert entries
     for name, registers, stack, _, local in entries:

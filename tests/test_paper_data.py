@@ -317,6 +317,13 @@ def test_pickle_must_be_a_dict_with_the_official_keys(tmp_path, batch):
     refusal(tmp_path, path, "keys b'data' and b'labels'")
 
 
+@pytest.mark.parametrize("index", [2**24, 2**31])
+def test_a_pickle_cannot_claim_memory(tmp_path, index):
+    """Eight bytes that make an ordinary unpickler set aside 16 bytes for each number below `index`."""
+    path = write_test_batch(tmp_path, b"\x80\x02Nr" + index.to_bytes(4, "little") + b".")
+    assert "numbers an object" in refusal(tmp_path, path, "not a pickle that can be read safely")
+
+
 SOUND = python2_pickle(array(), b"labels", LABELS)
 
 

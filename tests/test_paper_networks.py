@@ -35,6 +35,51 @@ def test_learned_parameters_equal_the_papers(name, part):
         assert learned(build(name, 10, part)) == GOLDEN[name][part]
 
 
+# (filters, input channels, filter size) of each convolution, from the papers that introduced the networks.
+VGG11 = (64, 128, 256, 256, 512, 512, 512, 512)
+VGG19 = (64,) * 2 + (128,) * 2 + (256,) * 4 + (512,) * 8
+ALEXNET = [(64, 3, 11), (192, 64, 5), (384, 192, 3), (256, 384, 3), (256, 256, 3)]
+
+
+def vgg(widths: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    return [(width, before, 3) for before, width in zip((3, *widths), widths, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions", "norm", "width"),
+    [
+        ("vgg11-bn", vgg(VGG11), True, 512), ("vgg19-bn", vgg(VGG19), True, 512), ("vgg19", vgg(VGG19), False, 512),
+        ("alexnet", ALEXNET, False, 256),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_plain_networks_are_the_published_ones(name, convolutions, norm, width):
+    """Each convolution with a bias, in this order; one linear layer as the head."""
+    with torch.device("meta"):
+        network = build(name, 10)
+    found = [(*m.weight.shape[:3],) for m in network.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
+    assert found == convolutions
+    weights = sum(k * c * r * r + k for k, c, r in convolutions) + 10 * width + 10
+    assert learned(network) == weights + norm * sum(2 * k for k, _, _ in convolutions)
+
+
+def test_wide_networks_have_their_weights_and_project_what_was_activated():
+    """3x3 convolutions two a unit, 1x1 projections where the width changes, reading relu(bn(x)) as the first does."""
+    network = build("wrn-28-4", 10, seed=0)
+    widths, total, before = (64, 128, 256), 3 * 16 * 9, 16
+    for width in widths:
+        total += before * width * 9 + before * width + 7 * width * width * 9
+        total += 2 * (before + 7 * width)
+        before = width
+    assert learned(network) == total + 2 * before + 10 * before + 10
+    seen = {}
+    unit = network.block2[0]
+    for conv in ("conv1", "shortcut"):
+        unit.get_submodule(conv).register_forward_pre_hook(lambda _, args, name=conv: seen.update({name: args[0]}))
+    network(torch.randn(1, 3, 32, 32))
+    assert seen["conv1"] is seen["shortcut"] and (seen["conv1"] >= 0).all()
+
+
 @pytest.mark.parametrize("only", INTEGRAL)
 def test_learned_parameters_of_one_part_equal_the_papers(only):
     with torch.device("meta"):
@@ -90,9 +135,11 @@ def test_part_within_only_one_part():
 
 def test_initial_values():
     """DenseNet's convolutions are normal by fan-out, the others PyTorch's uniform by fan-in."""
-    dense = build("densenet-bc-40-12", 10, seed=0).block3[5].conv1.weight
-    assert dense.std().item() == pytest.approx(math.sqrt(2 / dense.size(0)), rel=0.05)
-    assert dense.abs().max() > 2.5 * dense.std()
+    unit = build("densenet-bc-40-12", 10, seed=0).block3[5]
+    for weight in (unit.conv1.weight, unit.conv2.weight):
+        fan_out = weight.size(0) * weight.size(2) ** 2
+        assert weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
+        assert weight.abs().max() > 2.5 * weight.std()
     wide = build("wrn-16-4", 10, seed=0).block3[1].conv1.weight
     bound = 1 / math.sqrt(wide[0].numel())
     assert 0.99 * bound < wide.abs().max() <= bound

@@ -17,6 +17,7 @@ from rwn_ext.paper.__main__ import main
 from rwn_ext.paper.schedules import Schedule, schedule_of
 from rwn_ext.paper.training import CHECKPOINT, LOG, Config, Run
 
+ROOT = Path(__file__).parents[1]
 SCHEDULE = Schedule(batch_size=16, weight_decay=5e-4, epochs=3, milestones=(2,), factor=0.2, lr=0.05)
 
 
@@ -133,14 +134,24 @@ def test_step_is_sgd_on_the_normalized_batch(tmp_path, images):
     batch, labels = images.train.images[:16], images.train.labels[:16]
     for group in run.optimizer.param_groups:
         group["lr"] = 0.05
-    loss, _ = run.step(run.model, batch, labels)
-    reference = nn.functional.cross_entropy(twin((batch / 255 - 0.5) / 0.3), labels)
-    reference.backward()
-    torch.testing.assert_close(loss, reference.detach())
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter -= 0.05 * (parameter.grad + 5e-4 * parameter)
-    torch.testing.assert_close(dict(run.model.named_parameters()), dict(twin.named_parameters()))
+    velocity = {name: 0.0 for name, _ in twin.named_parameters()}
+    for _ in range(2):
+        loss, _ = run.step(run.model, batch, labels)
+        reference = nn.functional.cross_entropy(twin((batch / 255 - 0.5) / 0.3), labels)
+        twin.zero_grad()
+        reference.backward()
+        torch.testing.assert_close(loss, reference.detach())
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                velocity[name] = 0.9 * velocity[name] + parameter.grad + 5e-4 * parameter
+                parameter -= 0.05 * velocity[name]
+    torch.testing.assert_close(dict(run.model.named_parameters()), dict(twin.named_parameters()), rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_follows_the_schedule(tmp_path, images):
+    run = Run(config(tmp_path), images)
+    rates = [run.optimizer.param_groups[0]["lr"] for _ in run.epochs(Watcher())]
+    assert rates == pytest.approx([0.05, 0.05, 0.01]) == [record["lr"] for record in run.history]
 
 
 def test_accuracy_is_that_of_evaluation_mode(tmp_path, images):
@@ -182,6 +193,48 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, images, change, message)
         Run(config(tmp_path, **change), images, resume=True)
 
 
+def test_one_filter_is_not_all_of_them(tmp_path, images):
+    run = Run(config(tmp_path, part=1), images)
+    run.config.out.mkdir(parents=True)
+    run._save()
+    with pytest.raises(ValueError, match=r"part=1 there, 1\.0 here"):
+        Run(config(tmp_path, part=1.0), images, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": [1]}, {"history": 3}, {"history": [3]}, {"history": [{}]}, {"optimizer": {}}, {"optimizer": 3},
+        {"scaler": 3}, {"subsets": {"conv1": 3}}, {"subsets": {"conv9": ([0], [0])}}, {"model": {}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_checkpoints_that_hold_something_else_are_refused(tmp_path, images, change):
+    run = Run(config(tmp_path, schedule=replace(SCHEDULE, epochs=1)), images)
+    run.train(Watcher())
+    path = run.config.out / CHECKPOINT
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(ValueError, match="is no checkpoint of this"):
+        Run(config(tmp_path), images, resume=True)
+
+
+@pytest.mark.parametrize("what", ["no state", "another shape", "no momentum"])
+def test_checkpoints_with_another_optimizer_are_refused(tmp_path, images, what):
+    run = Run(config(tmp_path, schedule=replace(SCHEDULE, epochs=1)), images)
+    run.train(Watcher())
+    path = run.config.out / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    if what == "no state":
+        state["optimizer"]["state"] = {}
+    elif what == "another shape":
+        state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2, 2)
+    else:
+        del state["optimizer"]["param_groups"][0]["momentum"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="is no checkpoint of this run"):
+        Run(config(tmp_path), images, resume=True)
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch hostile-was-here",)
@@ -195,8 +248,9 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, images, content, 
     run._save()
     path = run.config.out / CHECKPOINT
     path.write_bytes(path.read_bytes()[:-200] if content == "truncated" else content)
-    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+    with pytest.raises(ValueError, match="no checkpoint that can be read") as refusal:
         Run(config(tmp_path), images, resume=True)
+    assert "weights_only" not in str(refusal.value)
     assert not (tmp_path / "hostile-was-here").exists()
 
 
@@ -217,6 +271,13 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, images, content, 
         (["--net", "wrn-10-1", "--image-size", "4"], "image_size=4"),
         (["--net", "alexnet", "--image-size", "16"], "alexnet cannot take 16x16 images"),
         (["--net", "wrn-10-1", "--device", "tpu"], "tpu"),
+        (["--net", "wrn-10-1", "--device", "meta"], "device='meta'"),
+        (["--net", "wrn-10-1", "--seed", "99999999999999"], "seed=99999999999999"),
+        (["--net", "wrn-10-1", "--out", "/dev/null/x"], "no folder that can be written to"),
+        (["--net", "wrn-10-1", "--only", "nothing", "--part", "0.1"], "only='nothing' has no convolution"),
+        (["--net", "wrn-10-1", "--only", "fc", "--part", "1"], "only='fc' has no convolution"),
+        (["--net", "wrn-99999999999999994-1"], "there is no network"),
+        (["--net", "wrn-10-1", "--data", "x" * 300], "cannot be read"),
         pytest.param(
             ["--net", "wrn-10-1", "--device", "cuda"], "no usable GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
@@ -238,6 +299,29 @@ def test_program_shows_its_usage(arguments, capsys):
         main(arguments)
     assert exit.value.code == 2
     assert "usage: python -m rwn_ext.paper" in capsys.readouterr().err
+
+
+def test_demo_refuses_a_folder_it_cannot_write(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_program_says_in_one_line_what_stops_it_on_the_way(tmp_path, capsys):
+    assert main(["train", *QUICK, "--lr", "1e30", "--epochs", "2", "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("failed: the loss of epoch") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("epoch", "way_on"), [(0, "start again"), (1, "--resume continues")])
+def test_program_interrupted_says_the_way_on(tmp_path, monkeypatch, capsys, epoch, way_on):
+    def interrupt(self, done, total, running):
+        if running == epoch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("rwn_ext.paper.progress.ProgressWatcher.batch", interrupt)
+    assert main(["train", *QUICK, "--epochs", "2", "--out", str(tmp_path / "run")]) == 130
+    assert way_on in capsys.readouterr().err
 
 
 QUICK = ["--net", "wrn-10-1", "--part", "1", "--epochs", "1", "--image-size", "8", "--batch-size", "512"]
@@ -278,12 +362,32 @@ def test_compiled_run_trains_like_an_eager_one(tmp_path, images):
     assert histories[0] == pytest.approx(histories[1], rel=1e-3)
 
 
+ALIKE = """
+import sys
+import torch
+import torch.distributed as dist
+from rwn_ext.paper.__main__ import main
+from rwn_ext.paper.training import Run
+
+def alike(self):
+    for name, value in self.model.named_parameters():
+        first = value.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, value), f"rank {self.ranks.rank} differs in {name}"
+
+evaluate = Run._evaluate
+Run._evaluate = lambda self: (alike(self), evaluate(self))[1]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def torchrun(folder: Path, *arguments: str) -> str:
-    """The output of two processes on one machine."""
+    """The output of two processes on one machine, whose parameters are alike after every epoch."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    (folder / "alike.py").write_text(ALIKE)
     done = subprocess.run(
-        [*command, "-m", "rwn_ext.paper", "train", *arguments],
+        [*command, "alike.py", "train", *arguments],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -305,5 +409,6 @@ def test_version_and_help_need_no_extra(tmp_path):
         "for name in ('rich', 'matplotlib', 'sklearn', 'numpy'): sys.modules[name] = None\n"
         "import runpy; sys.argv = ['paper', '--help']; runpy.run_module('rwn_ext.paper', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "train" in done.stdout and "demo" in done.stdout

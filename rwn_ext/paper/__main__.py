@@ -16,14 +16,15 @@ import torch.distributed as dist
 from rwn_ext.paper import data
 from rwn_ext.paper.networks import NAMES
 from rwn_ext.paper.schedules import Schedule, schedule_of
-from rwn_ext.paper.training import AMP_DTYPES, Config, Run
+from rwn_ext.paper.training import AMP_DTYPES, Config, Diverged, Run
 from rwn_ext.subsets import parse
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a program; its exit code: 0 done, 2 for a choice or file that cannot be used, 130 when interrupted."""
+    """Runs a program; its exit code: 0 done, 1 failed on the way, 2 for a choice or file that cannot be used, 130 when
+    interrupted."""
     options = _parser().parse_args(arguments)
-    if importlib.util.find_spec("rich") is None:
+    if not all(map(importlib.util.find_spec, options.needs)):
         return _fail("the programs need a few more packages: pip install 'rwn_ext[paper]'")
     return options.program(options)
 
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rwn_ext.paper", description=__doc__)
     programs = parser.add_subparsers(required=True, metavar="PROGRAM")
     train = programs.add_parser("train", help="train one network the paper's way", description=_train.__doc__)
-    train.set_defaults(program=_train)
+    train.set_defaults(program=_train, needs=("rich",))
     what = train.add_argument_group("what is learned")
     what.add_argument("--net", required=True, help=NAMES)
     what.add_argument(
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--out", type=Path, metavar="FOLDER", help="of checkpoint.pt and log.jsonl (default: in runs/)")
     where.add_argument("--resume", action="store_true", help="continue the run in --out")
     demo = programs.add_parser("demo", help="what learning less saves, on digits", description=_demo.__doc__)
-    demo.set_defaults(program=_demo)
+    demo.set_defaults(program=_demo, needs=("rich", "matplotlib", "sklearn"))
     demo.add_argument("--out", type=Path, metavar="FOLDER", default=Path("demo"))
     demo.add_argument("--epochs", type=int, default=10)
     demo.add_argument("--rounds", type=int, default=15, help="of the timing at the end")
@@ -94,7 +95,10 @@ def _train(options: argparse.Namespace) -> int:
         images = data.load(options.data, image_size=options.image_size)
         return Run(replace(config, out=options.out or _folder(config, images.name)), images, resume=options.resume)
 
-    return _run(prepare, train_with_progress, interrupted="--resume continues after the last whole epoch")
+    def way_on(run: Run) -> str:
+        return "--resume continues after the last whole epoch" if run.history else "no epoch was done; start again"
+
+    return _run(prepare, train_with_progress, way_on)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -104,20 +108,23 @@ def _demo(options: argparse.Namespace) -> int:
     def prepare() -> Demo:
         return Demo(options.out, options.epochs, options.rounds, _device(options.device))
 
-    return _run(prepare, Demo.show, interrupted="the demo starts anew next time")
+    return _run(prepare, Demo.show, lambda _: "the demo starts anew next time")
 
 
-def _run(prepare: Callable, run: Callable, *, interrupted: str) -> int:
+def _run(prepare: Callable, run: Callable, way_on: Callable[..., str]) -> int:
     """Prepares, then runs; errors of the preparation are the user's to mend and cost nothing."""
     try:
         prepared = prepare()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         return _fail(" ".join(str(error).split()))
     try:
         run(prepared)
     except KeyboardInterrupt:
-        print(f"interrupted; {interrupted}", file=sys.stderr)
+        print(f"interrupted; {way_on(prepared)}", file=sys.stderr)
         return 130
+    except (Diverged, OSError) as error:
+        print(f"failed: {error}; {way_on(prepared)}", file=sys.stderr)
+        return 1
     if dist.is_initialized():
         # Together: whoever leaves while another still talks to it takes both down.
         gc.collect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import pickle
+import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +62,10 @@ def load(folder: str | Path | None, *, image_size: int | None = None) -> ImageSe
         return _digits(32 if image_size is None else image_size)
     if image_size not in (None, 32):
         raise ValueError(f"image_size={image_size}: CIFAR images are 32x32; leave image_size out or give no folder")
-    place, layout = _find(Path(folder).expanduser())
+    try:
+        place, layout = _find(Path(folder).expanduser())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); check the path and its permissions") from None
     return ImageSet(
         name=layout.name,
         train=_read_split(place, layout, layout.train),
@@ -219,6 +223,7 @@ def _from_binary(path: Path, content: bytes, label_bytes: int, num_classes: int,
 
 def _from_pickle(path: Path, content: bytes, label_key: bytes, num_classes: int, records: int) -> Split:
     try:
+        _refuse_bombs(content)
         batch = _InertUnpickler(io.BytesIO(content), encoding="bytes").load()
     # A damaged or hostile stream can raise anything: KeyError, TypeError, MemoryError and more.
     except Exception as error:
@@ -245,6 +250,16 @@ def _from_pickle(path: Path, content: bytes, label_key: bytes, num_classes: int,
         raise DataError(f"{path}: b'data' must be a uint8 array of shape ({records}, {PIXELS}), C order; {WAY_OUT}")
     images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(records, 3, 32, 32)
     return Split(images, torch.tensor(labels, dtype=torch.int64))
+
+
+def _refuse_bombs(content: bytes) -> None:
+    """An unpickler sets aside as much memory as a few bytes of a stream say: here they must not exceed the stream.
+
+    Walking through the operations reads their arguments only as far as there are any, and sets nothing aside.
+    """
+    for operation, argument, _ in pickletools.genops(content):
+        if "PUT" in operation.name and isinstance(argument, int) and argument > len(content):
+            raise pickle.UnpicklingError(f"it numbers an object {argument} in {len(content)} bytes")
 
 
 class _InertUnpickler(pickle.Unpickler):

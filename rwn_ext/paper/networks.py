@@ -59,7 +59,7 @@ def build(
 
 
 def _maker(name: str, num_classes: int, dropout: float | None) -> Callable[[], Network]:
-    wrn = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
+    wrn = re.fullmatch(r"wrn-(\d{1,4})-(\d{1,4})", name)
     if wrn:
         depth, width = int(wrn[1]), int(wrn[2])
         if depth < 10 or (depth - 4) % 6 or width < 1:
@@ -70,7 +70,7 @@ def _maker(name: str, num_classes: int, dropout: float | None) -> Callable[[], N
         return lambda: WideResNet(depth, width, num_classes, rate)
     if dropout:
         raise ValueError(f"dropout={dropout}: only wide residual networks (wrn-D-K) have dropout in the paper")
-    densenet = re.fullmatch(r"densenet-bc-(\d+)-(\d+)", name)
+    densenet = re.fullmatch(r"densenet-bc-(\d{1,4})-(\d{1,4})", name)
     if densenet:
         depth, growth = int(densenet[1]), int(densenet[2])
         if depth < 10 or (depth - 4) % 6 or growth < 1:
@@ -94,6 +94,8 @@ def _fix(network: Network, part: Any, frozen: str, only: str | None) -> None:
     if only not in (*network.parts, "nothing"):
         raise ValueError(f"only={only!r} is no part of this network; choose {', '.join(network.parts)} or nothing")
     inside = [name for name, _ in _convolutions(network) if name.split(".")[0] == only]
+    if part is not None and not inside:
+        raise ValueError(f"part={part!r} chooses filters, and only={only!r} has no convolution; leave one of them out")
     choices = {name: part if name in inside else 0 for name, _ in _convolutions(network)}
     if part is None:
         choices = {name: choice for name, choice in choices.items() if name not in inside}

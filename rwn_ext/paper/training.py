@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -56,6 +57,10 @@ class Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in identity.items()}
 
 
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
 class Watcher(Protocol):
     """Who is told how a run goes."""
 
@@ -74,9 +79,8 @@ class Run:
     """
 
     def __init__(self, config: Config, images: data.ImageSet, *, resume: bool = False) -> None:
-        if config.amp is not None and config.amp not in AMP_DTYPES:
-            raise ValueError(f"amp={config.amp!r} is unknown; choose one of {', '.join(AMP_DTYPES)}")
         self.config, self.ranks = config, Ranks()
+        _check(config, self.ranks)
         self.device = torch.device(self.ranks.local_device(config.device))
         self.images = images.to(self.device)
         self.model = networks.build(
@@ -86,9 +90,10 @@ class Run:
         self.history: list[dict[str, Any]] = []
         state = self._checkpoint(resume)
         if state is not None:
-            set_subsets_(self.model, state["subsets"])
-            self.model.load_state_dict(state["model"])
-            self.history = state["history"]
+            with self._checkpoint_errors():
+                set_subsets_(self.model, state["subsets"])
+                self.model.load_state_dict(state["model"])
+                self.history = state["history"]
         self.model.to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,8 +105,8 @@ class Run:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            with self._checkpoint_errors():
+                self._restore_optimizer(state)
 
     @property
     def best(self) -> float:
@@ -110,6 +115,12 @@ class Run:
 
     def train(self, watcher: Watcher) -> float:
         """Trains the epochs that are left; returns the best test accuracy, in percent."""
+        for _ in self.epochs(watcher):
+            pass
+        return self.best
+
+    def epochs(self, watcher: Watcher) -> Iterator[dict[str, Any]]:
+        """Trains an epoch each time it is asked for the next, as long as any is left; yields the epoch's record."""
         learner: nn.Module = self.model
         if self.ranks.size > 1:
             learner = DistributedDataParallel(learner)
@@ -123,7 +134,7 @@ class Run:
             lr = self.config.schedule.lr_at(epoch)
             loss, accuracy = self._train_epoch(learner, epoch, lr, watcher)
             if not math.isfinite(loss):
-                raise RuntimeError(f"the loss of epoch {epoch + 1} is {loss}; lower --lr, or train without --amp")
+                raise Diverged(f"the loss of epoch {epoch + 1} is {loss}; lower --lr, or train without --amp")
             test_accuracy = self._evaluate()
             record = {
                 "epoch": epoch + 1, "lr": lr, "train_loss": loss, "train_accuracy": accuracy,
@@ -135,7 +146,7 @@ class Run:
                 self._save()
                 self._write_log()
                 watcher.epoch(record)
-        return self.best
+            yield record
 
     def _train_epoch(self, learner: nn.Module, epoch: int, lr: float, watcher: Watcher) -> tuple[float, float]:
         for group in self.optimizer.param_groups:
@@ -226,18 +237,46 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if isinstance(error, pickle.UnpicklingError):
+                reason = "it does not hold tensors and plain values alone"
             raise ValueError(f"{path} is no checkpoint that can be read ({reason}); remove it to start anew") from None
-        keys = ("identity", "subsets", "model", "optimizer", "scaler", "history")
-        if not isinstance(state, dict) or any(key not in state for key in keys):
+        kinds = {"identity": dict, "subsets": dict, "model": dict, "optimizer": dict, "scaler": dict, "history": list}
+        if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in kinds.items()):
             raise ValueError(f"{path} is no checkpoint of this program; give another --out")
-        wanted = self.config.identity(self.images)
-        for key, value in wanted.items():
-            if state["identity"].get(key) != value:
+        for key, value in self.config.identity(self.images).items():
+            # repr: 1 filter and all of them, 1.0, are equal to Python.
+            if repr(state["identity"].get(key)) != repr(value):
                 raise ValueError(
                     f"{path} is of another run: {key}={state['identity'].get(key)!r} there, {value!r} here; "
                     "give its own arguments or another --out"
                 )
+        with self._checkpoint_errors():
+            for number, record in enumerate(state["history"], 1):
+                if record["epoch"] != number or not isinstance(record["test_accuracy"], float):
+                    raise ValueError(f"its record {number} is {record!r}")
         return state
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """Momentum and the scaler's scale; every learned parameter has momentum of its shape after an epoch."""
+        schedule = self.config.schedule
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            if (group["momentum"], group["weight_decay"]) != (schedule.momentum, schedule.weight_decay):
+                raise ValueError("its optimizer has other settings")
+            for parameter in group["params"] if schedule.momentum and self.history else ():
+                if self.optimizer.state[parameter]["momentum_buffer"].shape != parameter.shape:
+                    raise ValueError("its momentum is of other shapes")
+        self.scaler.load_state_dict(state["scaler"])
+
+    @contextmanager
+    def _checkpoint_errors(self) -> Iterator[None]:
+        """Whatever a checkpoint holds that does not fit: one error that says so."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            path = self.config.out / CHECKPOINT
+            raise ValueError(f"{path} is no checkpoint of this run ({reason}); give another --out") from None
 
     def _save(self) -> None:
         state = {
@@ -255,6 +294,21 @@ class Run:
         """The whole log from the history, so that it never says more or less than the checkpoint."""
         with _replacing(self.config.out / LOG) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+
+
+def _check(config: Config, ranks: Ranks) -> None:
+    """What can be known before anything is built."""
+    if config.amp is not None and config.amp not in AMP_DTYPES:
+        raise ValueError(f"amp={config.amp!r} is unknown; choose one of {', '.join(AMP_DTYPES)}")
+    if torch.device(config.device).type not in ("cpu", "cuda"):
+        raise ValueError(f"device={config.device!r} cannot train here; choose cpu or cuda")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} is outside 0..{2**32 - 1}")
+    if config.schedule.batch_size % ranks.size:
+        raise ValueError(f"batch_size={config.schedule.batch_size} must be a multiple of the {ranks.size} processes")
+    place = next(folder for folder in (config.out, *config.out.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"out={config.out}: {place} is no folder that can be written to; give another --out")
 
 
 class Ranks:
