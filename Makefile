@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE $(wildcard kernels/*.py rwn_ext/*.py rwn_ext/*/*.py)
+SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE MANIFEST.in \
+	$(wildcard csrc/* csrc/*/* kernels/*.py rwn_ext/*.py rwn_ext/*/*.py)
 
 .DELETE_ON_ERROR:
 .PHONY: demo test bench lint gpu clean
@@ -12,6 +13,8 @@ demo: $(VENV)/installed-paper
 	$(VENV)/bin/python -m rwn_ext.paper demo
 
 test: $(VENV)/installed-test
+	# Tests run the code of this folder: its kernels too, compiled just now if an nvcc was found.
+	$(VENV)/bin/python setup.py --quiet build_ext --inplace
 	$(VENV)/bin/python -m pytest --numprocesses auto
 
 bench: $(VENV)/installed-bench

@@ -1,6 +1,114 @@
-"""What is installed: the Python packages. Metadata stands in pyproject.toml."""
+"""What is compiled, with what: the Python packages, and `rwn_ext._cuda` from csrc/ where an nvcc is found.
 
-from setuptools import setup
+CMake and ninja drive nvcc; torch is not needed to build. nvcc is sought in CUDA_HOME, on PATH and among the packages
+of this Python. None: the package is plain Python, and says so. One that does not work, or a compile error: the build
+fails. RWN_EXT_CUDA_ARCHS ("80;90a", or "none" for no kernels) overrides the architectures. What was compiled stays in
+build/, so that a second build compiles what changed. Metadata stands in pyproject.toml.
+"""
 
-# rwn_ext/kernels is a link to kernels: the package is named in full, because no search for packages follows links.
-setup(packages=["rwn_ext", "rwn_ext.kernels", "rwn_ext.paper"])
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+ARCHITECTURES = ("75", "80", "90a", "100")
+
+
+def find_nvcc():
+    """The path of nvcc, or None. A CUDA_HOME without one is an error: someone meant it."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        nvcc = Path(home) / "bin" / "nvcc"
+        if not nvcc.is_file():
+            sys.exit(f"CUDA_HOME={home!r} holds no bin/nvcc; unset it to build without CUDA kernels")
+        return nvcc
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return Path(on_path)
+    packages = importlib.util.find_spec("nvidia")
+    for folder in packages.submodule_search_locations if packages else ():
+        for nvcc in sorted(Path(folder).glob("*/bin/nvcc")):
+            return nvcc
+    return None
+
+
+def architectures(nvcc):
+    """Those asked for, else ours as far as this nvcc knows them."""
+    asked = os.environ.get("RWN_EXT_CUDA_ARCHS")
+    if asked is not None:
+        return [arch for arch in re.split(r"[;,\s]+", asked) if arch]
+    known = output_of(nvcc, "--list-gpu-arch").split()
+    return [arch for arch in ARCHITECTURES if f"compute_{arch.rstrip('a')}" in known]
+
+
+def output_of(*command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))} does not work: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def tool(name):
+    """A build tool beside this Python, else on PATH."""
+    beside = shutil.which(name, path=str(Path(sys.executable).parent))
+    found = beside or shutil.which(name)
+    if not found:
+        sys.exit(f"building the CUDA kernels needs {name}: python -m pip install {name}")
+    return found
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, extension):
+        nvcc = find_nvcc()
+        archs = ";".join(architectures(nvcc))
+        import pybind11
+
+        if "CMAKE_BUILD_PARALLEL_LEVEL" not in os.environ:
+            os.environ["CMAKE_BUILD_PARALLEL_LEVEL"] = str(len(os.sched_getaffinity(0)))
+        # One folder for each Python and toolkit: CMake cannot change its compiler.
+        key = hashlib.sha256(f"{nvcc} {output_of(nvcc, '--version')}".encode()).hexdigest()[:8]
+        folder = ROOT / "build" / f"csrc-{sys.implementation.cache_tag}-{key}"
+        cmake, ninja = tool("cmake"), tool("ninja")
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "CMAKE_CUDA_COMPILER": nvcc,
+            "RWN_ARCHS": archs,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        defines = [f"-D{name}={value}" for name, value in settings.items()]
+        subprocess.run([cmake, "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", *defines], check=True)
+        subprocess.run([cmake, "--build", folder, "--target", "_cuda"], check=True)
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (built,) = folder.glob(f"_cuda*{target.suffix}")
+        shutil.copy2(built, target)
+
+
+class BuildPython(build_py):
+    def run(self):
+        if not self.distribution.ext_modules:
+            print(
+                "rwn_ext: no nvcc in CUDA_HOME or on PATH (or none wanted): built without CUDA kernels", file=sys.stderr
+            )
+        super().run()
+
+
+wanted = os.environ.get("RWN_EXT_CUDA_ARCHS") != "none"
+nvcc = find_nvcc() if wanted and sys.platform == "linux" else None
+setup(
+    # rwn_ext/kernels is a link to kernels: packages are named, because no search for them follows links.
+    packages=["rwn_ext", "rwn_ext.kernels", "rwn_ext.lean", "rwn_ext.paper"],
+    ext_modules=[Extension("rwn_ext._cuda", sources=[])] if nvcc else [],
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
+)

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from rwn_ext.backends import backends
 from rwn_ext.describe import describe, table
 from rwn_ext.memory import Memory, memory
 
-__all__ = ["Memory", "Saved", "describe", "memory", "saved_for_backward", "table", "training_bytes"]
+__all__ = ["Memory", "Saved", "backends", "describe", "memory", "saved_for_backward", "table", "training_bytes"]
 
 
 class Saved:

@@ -15,6 +15,8 @@ PROBE = "import rwn_ext, rwn_ext.kernels.tiles, rwn_ext.paper.networks; print(rw
 
 def run(*command: object, cwd: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # The kernels are compiled for tests/test_csrc.py, once: not again for each kind of install.
+    environment["RWN_EXT_CUDA_ARCHS"] = "none"
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -43,6 +45,21 @@ def test_package_installs_under_build_isolation(tmp_path, options):
     assert place.parents[1] == (clone if options else site)
     for folder in (clone, tmp_path):
         assert "train" in run(python, "-m", "rwn_ext.paper", "--help", cwd=folder)
+
+
+@pytest.mark.parametrize("nvcc", [None, "#!/bin/sh\necho broken; exit 1\n"], ids=["missing", "broken"])
+def test_a_toolkit_that_does_not_work_fails_the_build(tmp_path, nvcc):
+    """A CUDA_HOME is meant: no silent install without kernels."""
+    if nvcc:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").write_text(nvcc)
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+    command = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path / "build")]
+    environment = os.environ | {"CUDA_HOME": str(tmp_path)}
+    environment.pop("RWN_EXT_CUDA_ARCHS", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert ("does not work" if nvcc else "holds no bin/nvcc") in done.stdout + done.stderr
 
 
 def test_torch_is_not_needed_to_build():

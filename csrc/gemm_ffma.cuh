@@ -1,0 +1,94 @@
+// The weight gradient in float32 arithmetic, for strict precision, old chips, and any type, layout and channel count.
+//
+// A block owns 32 * VECTOR channels and up to COLUMNS columns of the product, and a split of the pixels. Its 8 warps take
+// the pixels in turn; a lane holds the sums of VECTOR channels in registers, reads each value of X once, straight from
+// global memory (VECTOR elements at once, where they lie side by side and are aligned to their size together), and the
+// gradient from the slab, whose words all lanes read alike. The warps' sums are added in order at the end.
+#pragma once
+#include "finish.cuh"
+#include "ptx.h"
+#include "slab.cuh"
+
+namespace rwn {
+
+template <class T, int VECTOR>
+struct alignas(sizeof(T) * VECTOR) Elements {
+  T values[VECTOR];
+};
+
+template <class T, int VECTOR, int COLUMNS>
+RWN_KERNEL void RWN_BOUNDS(kFfmaThreads, 1) gemm_ffma_kernel(RWN_ARGUMENT Task task) {
+  constexpr int kWarps = kFfmaThreads / 32, kPixelsAtOnce = 4;
+  const Geometry& geometry = task.geometry;
+  const int tile_index = blockIdx.x, split = blockIdx.y;
+  const int column_tile = tile_index / task.channel_tiles;
+  const int first_channel = (tile_index - column_tile * task.channel_tiles) * task.tile_channels;
+  const int first_column = column_tile * COLUMNS, first_filter = geometry.filter_of(first_column);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int channel = first_channel + lane * VECTOR;
+  const T* x = static_cast<const T*>(task.x) + channel * task.x_stride[1];
+  float* slab = reinterpret_cast<float*>(shared_memory() + task.slab_offset);
+
+  int shift[COLUMNS];
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j) shift[j] = geometry.shift(first_column + j, first_filter, task.plane);
+  float sums[COLUMNS][VECTOR] = {};
+
+  const int begin = split_begin(split, task.splits, task.tiles);
+  const int end = split_begin(split + 1, task.splits, task.tiles);
+  for (int tile = begin; tile < end; tile += task.chunk_tiles) {
+    const int first = tile * kTilePixels;
+    const int past = min(min(tile + task.chunk_tiles, end) * kTilePixels, geometry.pixels);
+    const int origin = geometry.position(first);
+    __syncthreads();
+    fill_slab<T>(task, origin, geometry.span(first, past - 1), first_filter, task.slab_filters,
+                 [&](int plane, int place, T value) { slab[plane * task.plane + place] = to_float(value); });
+    __syncthreads();
+    for (int v = first + warp; v < past; v += kWarps * kPixelsAtOnce) {
+      Elements<T, VECTOR> values[kPixelsAtOnce];
+      int position[kPixelsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kPixelsAtOnce; ++i) {
+        const int pixel = v + i * kWarps;
+        const Pixel at = geometry.pixel(pixel);
+        const bool valid = pixel < past && at.column < geometry.width && channel < geometry.channels;
+        // A pixel past the end counts as zero, wherever it reads.
+        position[i] = valid ? geometry.position(pixel) - origin : 0;
+        values[i] = {};
+        if (valid) {
+          values[i] = *reinterpret_cast<const Elements<T, VECTOR>*>(
+              x + at.image * task.x_stride[0] + at.row * task.x_stride[2] + at.column * task.x_stride[3]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kPixelsAtOnce; ++i) {
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) {
+          const float gradient = slab[position[i] + shift[j]];
+#pragma unroll
+          for (int u = 0; u < VECTOR; ++u) sums[j][u] += to_float(values[i].values[u]) * gradient;
+        }
+      }
+    }
+  }
+
+  float* result = reinterpret_cast<float*>(shared_memory());
+  const int pitch = task.tile_channels + kTilePad;
+  for (int turn = 0; turn < kWarps; ++turn) {
+    __syncthreads();
+    if (warp != turn) continue;
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) {
+#pragma unroll
+      for (int u = 0; u < VECTOR; ++u) {
+        float& place = result[j * pitch + lane * VECTOR + u];
+        place = turn == 0 ? sums[j][u] : place + sums[j][u];
+      }
+    }
+  }
+  __syncthreads();
+  finish(task, tile_index, split, result, reinterpret_cast<float4*>(result + COLUMNS * pitch),
+         [&](int column, int at, float sum) { store_element(task, first_column + column, first_channel + at, sum); });
+}
+
+}  // namespace rwn

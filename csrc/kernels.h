@@ -1,0 +1,35 @@
+// The compiled kernels: which function a plan runs. One .cu file a family holds its instantiations.
+#pragma once
+#include <cstddef>
+#include <utility>
+
+#include "plan.h"
+
+namespace rwn {
+
+using Function = void (*)(Task);
+
+// Null where the plan names an instantiation that this build does not hold.
+Function gemm_ffma_function(const Plan& plan);
+Function gemm_mma_function(const Plan& plan);
+Function gemm_wgmma_function(const Plan& plan);
+Function depthwise_function(const Plan& plan);
+
+Function function_of(const Plan& plan);
+
+// Bit int(Kernel) of what this build holds for a device of this compute capability.
+unsigned kernels_built(int capability);
+
+// The function that `make(constant)` gives for the compile-time constant equal to `width`; one of `widths`.
+template <const auto& widths, class Make, std::size_t... I>
+Function pick(int width, Make make, std::index_sequence<I...>) {
+  Function found = nullptr;
+  ((widths[I] == width ? void(found = make(std::integral_constant<int, widths[I]>())) : void()), ...);
+  return found;
+}
+template <const auto& widths, class Make>
+Function pick(int width, Make make) {
+  return pick<widths>(width, make, std::make_index_sequence<sizeof(widths) / sizeof(widths[0])>());
+}
+
+}  // namespace rwn
