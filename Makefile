@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# where `make bench` puts its results
+RESULTS ?= bench/results/here
 SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE $(wildcard rwn_ext/*.py rwn_ext/*/*.py)
 
 .PHONY: demo test bench lint gpu clean
@@ -14,7 +16,10 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest --numprocesses auto
 
 bench: $(VENV)/installed-bench
-	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr --benchmark-json=bench-results.json
+	mkdir -p $(RESULTS)
+	$(VENV)/bin/python -m pytest bench -q $(if $(QUICK),--quick) --benchmark-columns=median,iqr --benchmark-disable-gc \
+		--benchmark-json=$(RESULTS)/bench.json
+	$(VENV)/bin/python -m bench.report $(RESULTS)
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff format --check .

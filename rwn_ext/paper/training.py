@@ -110,6 +110,12 @@ class Run:
 
     def train(self, watcher: Watcher) -> float:
         """Trains the epochs that are left; returns the best test accuracy, in percent."""
+        for _ in self.epochs(watcher):
+            pass
+        return self.best
+
+    def epochs(self, watcher: Watcher) -> Iterator[dict[str, Any]]:
+        """Trains an epoch each time it is asked for the next, as long as any is left; yields the epoch's record."""
         learner: nn.Module = self.model
         if self.ranks.size > 1:
             learner = DistributedDataParallel(learner)
@@ -135,7 +141,7 @@ class Run:
                 self._save()
                 self._write_log()
                 watcher.epoch(record)
-        return self.best
+            yield record
 
     def _train_epoch(self, learner: nn.Module, epoch: int, lr: float, watcher: Watcher) -> tuple[float, float]:
         for group in self.optimizer.param_groups:
