@@ -46,7 +46,9 @@ NET_ROWS = (PLAIN, OURS, FROZEN)
 
 def points(values, rows, quick=()):
     return [
-        pytest.param(*value, row, marks=[] if value in quick else [pytest.mark.slow]) for value in values for row in rows
+        pytest.param(*value, row, marks=[] if value in quick else [pytest.mark.slow])
+        for value in values
+        for row in rows
     ]
 
 

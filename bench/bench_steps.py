@@ -5,6 +5,7 @@ The ratio to "all frozen" tells what is left to gain by a faster weight gradient
 
 from __future__ import annotations
 
+import importlib.util
 from functools import lru_cache, partial
 
 import pytest
@@ -21,10 +22,12 @@ from rwn_ext.paper.schedules import schedule_of
 from rwn_ext.paper.timing import interleaved
 from rwn_ext.report import saved_for_backward
 
-AGAIN, CHECKPOINTED = "nn.Conv2d again", "checkpointed nn.Conv2d"
+AGAIN, CHECKPOINTED, MEMSAVE = "nn.Conv2d again", "checkpointed nn.Conv2d", "memsave_torch, all frozen"
 PARTS = (0.05, 0.1, 0.4, 1.0)
 OTHERS = tuple(name for name in WAYS if name not in (PLAIN, OURS, FROZEN))
 ROWS = (PLAIN, AGAIN, FROZEN, *(f"{OURS} p = {p}" for p in PARTS), *(f"{way} p = 0.1" for way in OTHERS), CHECKPOINTED)
+if importlib.util.find_spec("memsave_torch"):
+    ROWS += (MEMSAVE,)
 COMPILED = (f"compiled {PLAIN}", f"compiled {OURS} p = 0.1", f"compiled {FROZEN}")
 # (network, batch, rounds): WRN-16-4 is measured longest, its ratios are the ones we hold ourselves to on a CPU.
 CPU_STEPS = (("wrn-16-4", 32, 41), ("densenet-bc-40-12", 16, 15), ("vgg19-bn", 16, 15), ("alexnet", 64, 15))
@@ -101,7 +104,19 @@ def model_of(net: str, row: str) -> nn.Module:
     model = build(net, 10, seed=0)
     if row == CHECKPOINTED:
         return checkpointed(model)
+    if row == MEMSAVE:
+        return memsave(model)
     return with_convolutions(model, WAYS[way], float(part)) if part else model
+
+
+def memsave(model: nn.Module) -> nn.Module:
+    """Its layers keep nothing that a frozen layer does not need; it knows whole layers only."""
+    from memsave_torch.nn import convert_to_memory_saving
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.requires_grad_(False)
+    return convert_to_memory_saving(model)
 
 
 def checkpointed(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """One page about a folder of results: how much faster, how much leaner, against what, on what, where it loses.
 
-    python -m bench.report bench/results/cpu-2-cores               writes report.md and its pictures there
-    python -m bench.report NEW --against OLD                       lists what became slower, exit code 1 if anything did
+python -m bench.report bench/results/cpu-2-cores               writes report.md and its pictures there
+python -m bench.report NEW --against OLD                       lists what became slower, exit code 1 if anything did
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ class Results:
 def load(folder: Path) -> Results:
     """The results of a folder. Raises ResultsError where there are none or they cannot be read."""
     if not folder.is_dir():
-        raise ResultsError(f"{folder} is no folder; give one that `make bench` wrote, such as bench/results/cpu-2-cores")
+        raise ResultsError(
+            f"{folder} is no folder; give one that `make bench` wrote, such as bench/results/cpu-2-cores"
+        )
     files = sorted(path for path in folder.glob("*.json") if path.name != "demo.json")
     contents = [(path, content) for path in files if "benchmarks" in (content := _read(path))]
     if not contents:
