@@ -22,7 +22,7 @@ class Rates:
 
 @lru_cache
 def rates(device: str, dtype: torch.dtype) -> Rates:
-    """Medians of several runs on inputs much larger than the caches (copy) and large enough to be bound by arithmetic."""
+    """Medians of several runs, on a copy much larger than the caches and a product bound by its arithmetic."""
     megabytes, size = (512, 8192) if device == "cuda" else (128, 1024)
     source = torch.randn(megabytes * 2**20 // dtype.itemsize, device=device).to(dtype)
     target = torch.empty_like(source)
