@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# where `make bench` puts its results
+RESULTS ?= bench/results/here
 SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE MANIFEST.in \
 	$(wildcard csrc/* csrc/*/* kernels/*.py rwn_ext/*.py rwn_ext/*/*.py)
 
@@ -18,7 +20,10 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest --numprocesses auto
 
 bench: $(VENV)/installed-bench
-	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr --benchmark-json=bench-results.json
+	mkdir -p $(RESULTS)
+	$(VENV)/bin/python -m pytest bench -q $(if $(QUICK),--quick) --benchmark-columns=median,iqr --benchmark-disable-gc \
+		--benchmark-json=$(RESULTS)/bench.json
+	$(VENV)/bin/python -m bench.report $(RESULTS)
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff format --check .

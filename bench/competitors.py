@@ -1,6 +1,7 @@
 """The ways people learn a part of a convolution today, each as its best self, beside ours.
 
-All take an nn.Conv2d and the number of filters to learn, the last ones, and compute what it computes.
+All take an nn.Conv2d and the number of filters to learn, the last ones, and compute what it computes. All but the plain
+one and LoRA learn the same weights; LoRA learns as many.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.group import PLAIN
 from rwn_ext import PartialConv2d
 
-PLAIN = "nn.Conv2d"
+OURS, FROZEN, SLICED, LORA = "rwn_ext", "all frozen (p = 0)", "sliced aten", "LoRA"
 
 
 def plain(conv: nn.Conv2d, learned: int) -> nn.Module:
@@ -79,22 +81,53 @@ class Sliced(SplitCat):
         return _SlicedFunction.apply(x, self.fixed, self.learned, self.bias, self.stride, self.padding)
 
 
+class ConvLoRA(nn.Module):
+    """A low-rank update beside a frozen convolution, as in peft: r filters of the layer's own shape, then 1x1 filters.
+
+    The rank is the one that learns about as many weights as `learned` filters have. The update starts at zero.
+    """
+
+    def __init__(self, conv: nn.Conv2d, learned: int) -> None:
+        super().__init__()
+        per_filter = conv.weight[0].numel()
+        rank = max(1, round(learned * per_filter / (per_filter + conv.out_channels)))
+        self.frozen = _copy(conv).requires_grad_(False)
+        like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        geometry = (conv.kernel_size, conv.stride, conv.padding)
+        self.down = nn.Conv2d(conv.in_channels, rank, *geometry, bias=False, **like)
+        self.up = nn.Conv2d(rank, conv.out_channels, 1, bias=False, **like)
+        nn.init.zeros_(self.up.weight)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) + self.up(self.down(x))
+
+
 def ours(conv: nn.Conv2d, learned: int) -> nn.Module:
     """`PartialConv2d`."""
     return PartialConv2d.from_conv2d(conv, trainable=learned)
+
+
+def frozen(conv: nn.Conv2d, learned: int) -> nn.Module:
+    """Nothing is learned: the ceiling of what any way can reach."""
+    return PartialConv2d.from_conv2d(conv, trainable=0)
 
 
 WAYS: dict[str, Callable[[nn.Conv2d, int], nn.Module]] = {
     PLAIN: plain,
     "gradient mask": masked,
     "split + cat": SplitCat,
-    "sliced aten": Sliced,
-    "rwn_ext": ours,
+    SLICED: Sliced,
+    LORA: ConvLoRA,
+    OURS: ours,
+    FROZEN: frozen,
 }
 
 
-def learned_gradient(module: nn.Module, learned: int) -> Tensor:
-    """The gradient of the learned filters, wherever the way keeps it."""
+def learned_gradient(module: nn.Module, learned: int) -> Tensor | None:
+    """The gradient of the learned filters, wherever the way keeps it; None where it learns other weights."""
+    if isinstance(module, ConvLoRA):
+        return None
     for name in ("weight_trainable", "learned"):
         parameter = getattr(module, name, None)
         if parameter is not None:
@@ -103,10 +136,10 @@ def learned_gradient(module: nn.Module, learned: int) -> Tensor:
 
 
 def with_convolutions(model: nn.Module, way: Callable[[nn.Conv2d, int], nn.Module], part: float) -> nn.Module:
-    """The model, its convolutions replaced by `way` with a fraction `part` of their filters learned."""
+    """The model, its ungrouped convolutions replaced by `way` with a fraction `part` of their filters learned."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            learned = int(child.out_channels * part) if type(child) is nn.Conv2d else 0
+            learned = int(child.out_channels * part) if type(child) is nn.Conv2d and child.groups == 1 else 0
             if learned:
                 setattr(parent, name, way(child, learned))
     return model

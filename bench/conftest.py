@@ -1,24 +1,55 @@
-"""Shared by the benchmarks: the clock, the device, the closing table of ratios."""
+"""Shared by the benchmarks: options, the device, the tests that come first, what a results file says."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench.clock import clock, replay
-from rwn_ext.paper.timing import ratio
+from bench.group import Group
+from bench.rates import rates
 from rwn_ext.report import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-_ROWS: dict[str, list[list[str]]] = {}
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# What every number rests on: the operators and their gradients against float64.
+TESTS = ("tests/test_ops.py", "tests/test_autograd.py")
+_TABLES: dict[str, list[list[str]]] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="a minute's worth: few layers and rounds")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.option.benchmark_timer = f"{clock.__module__}.{clock.__name__}"
+    config.addinivalue_line("markers", "slow: left out by --quick")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.quick:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="--quick"))
+
+
+def pytest_collection_finish(session):
+    """Numbers of code that computes something else are worth nothing: none are made while the tests are red."""
+    if session.items and not session.config.option.collectonly:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", *TESTS], cwd=Path(__file__).parents[1], capture_output=True,
+            text=True,
+        )  # fmt: skip
+        if done.returncode:
+            pytest.exit(f"{done.stdout[-2000:]}\nthe tests above fail, so nothing is measured", done.returncode)
 
 
 def pytest_benchmark_update_machine_info(machine_info):
@@ -27,30 +58,48 @@ def pytest_benchmark_update_machine_info(machine_info):
     kept = {key: machine_info[key] for key in ("machine", "system", "python_version")}
     machine_info.clear()
     machine_info.update(kept, device=device, torch=torch.__version__, threads=torch.get_num_threads())
+    machine_info.update(dtype=str(DTYPE).removeprefix("torch."), rates=asdict(rates(DEVICE, DTYPE)))
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """The file keeps what a report needs: medians, spread and the facts of each contender."""
+    for entry in output_json["benchmarks"]:
+        stats = {key: entry["stats"][key] for key in ("median", "iqr", "rounds")}
+        facts = entry["extra_info"]
+        entry.clear()
+        entry.update(facts, stats=stats)
+    output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in ("id", "time", "dirty")}
 
 
 @pytest.fixture
-def report(benchmark) -> Callable[..., None]:
-    """Records one contender of a measured group: `report(group, seconds, name, **ratios)`.
+def rounds(request) -> Callable[[int], int]:
+    """How many rounds to measure: what is asked for, a few with --quick."""
+    return lambda wanted: 5 if request.config.option.quick else wanted
 
-    Each ratio is named for the table and says relative to which contender: "time of nn.Conv2d's"="nn.Conv2d".
-    """
 
-    def record(group: str, seconds: Mapping[str, list[float]], name: str, relative: Mapping[str, str]) -> None:
-        benchmark.group = group
-        ratios = {title: ratio(seconds, name, reference) for title, reference in relative.items()}
-        benchmark.extra_info.update(ratios)
-        replay(benchmark, seconds[name])
-        quartiles = statistics.quantiles(seconds[name], n=4)
-        _ROWS.setdefault(group, [["", "median ms", "IQR ms", *relative]]).append(
+@pytest.fixture
+def record(benchmark) -> Callable[[Group, str], None]:
+    """Enters one contender of a measured group into pytest-benchmark's results."""
+
+    def enter(group: Group, name: str) -> None:
+        benchmark.group = f"{group.level}: {group.title}"
+        facts = group.facts(name)
+        benchmark.extra_info.update(facts)
+        replay(benchmark, group.seconds[name])
+        quartiles = statistics.quantiles(group.seconds[name], n=4)
+        rows = _TABLES.setdefault(
+            benchmark.group, [["", "median ms", "IQR ms", *(f"of {other}" for other in group.against), "kept MB"]]
+        )
+        rows.append(
             [name, f"{1000 * quartiles[1]:.3f}", f"{1000 * (quartiles[2] - quartiles[0]):.3f}"]
-            + [f"{value:.3f}" for value in ratios.values()]
+            + [f"{median:.3f} [{low:.3f}, {high:.3f}]" for median, low, high in facts["ratios"].values()]
+            + [f"{facts['kept_bytes'] / 1e6:.2f}" if "kept_bytes" in facts else ""]
         )
 
-    return record
+    return enter
 
 
 def pytest_terminal_summary(terminalreporter):
-    for group, (header, *rows) in _ROWS.items():
+    for group, (header, *rows) in _TABLES.items():
         terminalreporter.write_line(f"\n{group}")
         terminalreporter.write_line(table(header, rows))

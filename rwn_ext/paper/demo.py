@@ -83,7 +83,7 @@ class Demo:
         }
         (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (self.out / "table.md").write_text(markdown(results))
-        draw(results, self.out / "demo.png")
+        drawn(results).savefig(self.out / "demo.png", dpi=120)
         console.print(_table(rows))
         console.print(f"picture: {self.out / 'demo.png'}   numbers: {self.out / 'results.json'}", highlight=False)
 
@@ -172,8 +172,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}\n"
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Accuracy and relative step time against what is learned, as a PNG."""
+def drawn(results: dict[str, Any]) -> Figure:
+    """Accuracy and relative step time against what is learned."""
     rows = [Row(**row) for row in reversed(results["rows"])]
     labels = [f"{row.name}\n{row.learned_weights:,}" for row in rows]
     figure = Figure(figsize=(10, 3.8), layout="constrained")
@@ -189,4 +189,4 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{results['net']} on handwritten digits, {results['epochs']} epochs ({results['machine']})", size=10
     )
-    figure.savefig(path, dpi=120)
+    return figure

@@ -1,0 +1,62 @@
+"""What a benchmark measures: a group of contenders that took turns, and how they compare."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from scipy.stats import binom
+
+PLAIN = "nn.Conv2d"
+Rounds = Mapping[str, list[float]]  # seconds by contender, round by round
+
+
+@dataclass(frozen=True)
+class Group:
+    """One measured problem. Contenders are rows of one table; all ratios are within rounds."""
+
+    level: str
+    subject: str
+    case: dict[str, Any]
+    seconds: Rounds
+    against: tuple[str, ...] = (PLAIN,)
+    """The contenders that the others are compared with."""
+    phases: Mapping[str, Rounds] = field(default_factory=dict)
+    """Parts of `seconds` by name, such as "forward"."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """Bytes kept for backward."""
+    floor: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that the device's measured rates allow at best."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.subject}, {', '.join(f'{key} {value}' for key, value in self.case.items())}"
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """All that a results file says of one contender, beside its times."""
+        facts: dict[str, Any] = {"level": self.level, "subject": self.subject, "case": self.case, "contender": name}
+        facts["ratios"] = {other: list(ratio(self.seconds, name, other)) for other in self.against}
+        if self.phases:
+            facts["phases"] = {phase: list(ratio(rounds, name, PLAIN)) for phase, rounds in self.phases.items()}
+        if name in self.kept:
+            facts["kept_bytes"] = self.kept[name]
+        if name in self.floor:
+            facts["floor_share"] = self.floor[name] / statistics.median(self.seconds[name])
+        return facts
+
+
+class Ratio(NamedTuple):
+    """The median over rounds of one contender's time relative to another's, and its 95 % confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(seconds: Rounds, name: str, reference: str) -> Ratio:
+    """Distribution-free: the interval's ends are order statistics, found from the binomial distribution."""
+    quotients = sorted(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
+    rank = max(int(binom.ppf(0.025, len(quotients), 0.5)), 1) - 1
+    return Ratio(statistics.median(quotients), quotients[rank], quotients[-1 - rank])

@@ -1,0 +1,58 @@
+"""What this very device can do: copy bandwidth and matrix-product rate, measured, and the floor they set."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from rwn_ext.paper.timing import synchronized_clock
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes read and written a second by a large copy; multiply-adds, times two, a second of a large product."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@lru_cache
+def rates(device: str, dtype: torch.dtype) -> Rates:
+    """Medians of several runs, on a copy much larger than the caches and a product bound by its arithmetic."""
+    megabytes, size = (512, 8192) if device == "cuda" else (128, 1024)
+    source = torch.randn(megabytes * 2**20 // dtype.itemsize, device=device).to(dtype)
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return Rates(
+        2 * source.nbytes / _median_seconds(lambda: target.copy_(source)),
+        2 * size**3 / _median_seconds(lambda: a @ b),
+    )
+
+
+def convolution_floor(
+    rate: Rates, input_size: tuple[int, int, int, int], weight_size: tuple[int, int, int, int],
+    output_size: tuple[int, int, int, int], learned: int, itemsize: int,
+) -> float:  # fmt: skip
+    """Seconds for forward, grad_input and the weight gradient of `learned` filters, each at its bound.
+
+    Each pass reads its inputs and writes its output once, or multiplies at full rate, whichever takes longer.
+    """
+    x, w, y = map(math.prod, (input_size, weight_size, output_size))
+    flops, share = 2 * y * math.prod(weight_size[1:]), learned / weight_size[0]
+    passes = [(x + w + y, flops), (x + w + y, flops)]
+    if learned:
+        passes.append((x + share * (y + w), share * flops))
+    return sum(max(n * itemsize / rate.bytes_per_second, f / rate.flops_per_second) for n, f in passes)
+
+
+def _median_seconds(work) -> float:
+    times = []
+    for _ in range(12):
+        started = synchronized_clock()
+        work()
+        times.append(synchronized_clock() - started)
+    return statistics.median(times[2:])

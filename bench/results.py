@@ -1,0 +1,103 @@
+"""A folder of results, read: the JSON files that `make bench` and the demo wrote on one machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.group import Ratio
+
+
+class ResultsError(ValueError):
+    """A folder or file that holds no results, with the way out."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender of one group."""
+
+    level: str
+    subject: str
+    case: dict[str, Any]
+    contender: str
+    median: float  # seconds
+    iqr: float
+    ratios: dict[str, Ratio]  # to other contenders of the group
+    phases: dict[str, Ratio]  # "forward", "backward": to nn.Conv2d
+    kept_bytes: int | None
+    floor_share: float | None
+    facts: dict[str, Any]
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        return self.level, self.subject, ", ".join(f"{key} {value}" for key, value in self.case.items())
+
+
+@dataclass(frozen=True)
+class Results:
+    """All entries of a folder, in the order of their files, and what they were measured on."""
+
+    folder: Path
+    machine: dict[str, Any]
+    commit: dict[str, Any]
+    entries: tuple[Entry, ...]
+    demo: dict[str, Any] | None
+    fingerprint: str
+    """Of the files' contents."""
+
+    def level(self, level: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.level == level]
+
+
+def load(folder: Path) -> Results:
+    """The results of a folder. Raises ResultsError where there are none or they cannot be read."""
+    if not folder.is_dir():
+        raise ResultsError(
+            f"{folder} is no folder; give one that `make bench` wrote, such as bench/results/cpu-2-cores"
+        )
+    files = sorted(path for path in folder.glob("*.json") if path.name != "demo.json")
+    contents = [(path, content) for path in files if "benchmarks" in (content := _read(path))]
+    if not contents:
+        raise ResultsError(f"{folder} holds no results (*.json of pytest-benchmark); `make bench` makes them")
+    machines = {json.dumps(content["machine_info"] | {"rates": None}, sort_keys=True) for _, content in contents}
+    if len(machines) > 1:
+        raise ResultsError(f"the files of {folder} are of different machines or versions; measure them together")
+    entries = [_entry(path, raw) for path, content in contents for raw in content["benchmarks"]]
+    demo = folder / "demo.json"
+    sources = [*files, *([demo] if demo.exists() else [])]
+    _, newest = max(contents, key=lambda pair: pair[1]["datetime"])
+    return Results(
+        folder, newest["machine_info"], newest["commit_info"], tuple(entries), _read(demo) if demo.exists() else None,
+        hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+    )  # fmt: skip
+
+
+def groups(entries: Iterable[Entry]) -> Iterator[tuple[tuple[str, str, str], list[Entry]]]:
+    """Contenders of the same group together."""
+    for key, members in groupby(entries, lambda entry: entry.group):
+        yield key, list(members)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path} cannot be read ({error}); remove it, or measure again") from None
+
+
+def _entry(path: Path, raw: dict[str, Any]) -> Entry:
+    known = ("level", "subject", "case", "contender", "stats")
+    missing = [key for key in known if key not in raw]
+    if missing:
+        raise ResultsError(f"{path} is of another version ({', '.join(missing)} missing); measure again")
+    return Entry(
+        raw["level"], raw["subject"], raw["case"], raw["contender"], raw["stats"]["median"], raw["stats"]["iqr"],
+        {other: Ratio(*values) for other, values in raw.get("ratios", {}).items()},
+        {phase: Ratio(*values) for phase, values in raw.get("phases", {}).items()},
+        raw.get("kept_bytes"), raw.get("floor_share"), raw,
+    )  # fmt: skip
