@@ -75,7 +75,7 @@ def convolve(input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[T
     """The convolution with the weight and bias merged from these parts, in the input's type."""
     return torch.convolution(
         input, merged_weight(weights, layer, input.dtype, "forward"),
-        merged_bias(*biases, layer, input.dtype, "forward"), layer.stride, layer.padding, layer.dilation, False,
+        merged_bias(biases[0], biases[1], layer, input.dtype, "forward"), layer.stride, layer.padding, layer.dilation, False,
         (0, 0), layer.groups,
     )  # fmt: skip
 
@@ -91,12 +91,14 @@ def gradients(
     if needs_input:
         weight = merged_weight(weights, layer, grad_output.dtype, "backward")
         if needs_weight and layer.seen is None:
+            assert seen is not None
             grad_input, grad_weight = ops.conv2d_grads(
                 grad_output, seen, weight, layer.filters, *geometry, layer.algorithm, weight_dtype
             )
         else:
             grad_input = ops.conv2d_input_grad(grad_output, weight, input_size, *geometry)
     if needs_weight and grad_weight is None:
+        assert seen is not None
         grad_weight = ops.conv2d_weight_grad(grad_output, seen, layer.filters, *geometry, layer.algorithm, weight_dtype)
     if needs_bias:
         grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))

@@ -53,6 +53,7 @@ class Conv(NamedTuple):
             return gradients(
                 grad, parts[:3], seen, self.layer, input_size[2:], self.weight_dtype, (needs[0], needs[1], needs[2])
             )
+        assert parts[0] is not None
         weight = parts[0].to(self.dtype)
         return torch.ops.aten.convolution_backward(
             grad, seen, weight, [weight.size(0)] if needs[2] else None, self.layer.stride, self.layer.padding,

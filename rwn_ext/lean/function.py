@@ -145,7 +145,8 @@ def _kept(
 ) -> dict[Any, Any]:
     """By name, what backward needs."""
     pieces, parameters, convs = block.split(tensors)
-    seen, kept = _seen(block, needs), {}
+    seen = _seen(block, needs)
+    kept: dict[Any, Any] = {}
     if not (seen or needs.below):
         return kept
     from_input = keeps_input(block, needs, pieces, y)

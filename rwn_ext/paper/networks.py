@@ -63,7 +63,9 @@ def build(
                 module.requires_grad_(False)
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError(f"part={part!r}, only={only!r}, learn_bn={learn_bn} leave nothing of {name} to learn")
-    return make_lean(network) if lean else network
+    if lean:
+        make_lean(network)
+    return network
 
 
 def _maker(name: str, num_classes: int, dropout: float | None) -> Callable[[], Network]:
