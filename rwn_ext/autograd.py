@@ -75,8 +75,8 @@ def convolve(input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[T
     """The convolution with the weight and bias merged from these parts, in the input's type."""
     return torch.convolution(
         input, merged_weight(weights, layer, input.dtype, "forward"),
-        merged_bias(biases[0], biases[1], layer, input.dtype, "forward"), layer.stride, layer.padding, layer.dilation, False,
-        (0, 0), layer.groups,
+        merged_bias(biases[0], biases[1], layer, input.dtype, "forward"), layer.stride, layer.padding,
+        layer.dilation, False, (0, 0), layer.groups,
     )  # fmt: skip
 
 

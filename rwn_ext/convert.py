@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -72,15 +73,18 @@ def convert(
         PartialConv2d.from_conv2d, trainable_bias=trainable_bias, select=select, seed=generator, frozen=frozen,
         algorithm=algorithm,
     )  # fmt: skip
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    # Of a shared module all its names count.
+    named = model.named_modules(remove_duplicate=False)
+    convs = {name: module for name, module in named if isinstance(module, nn.Conv2d)}
     skip = [skip] if isinstance(skip, str) else list(skip)
     _check_patterns([*skip, *(trainable if isinstance(trainable, Mapping) else ())], convs)
     replacements: dict[nn.Module, nn.Module] = {}
     left: dict[str, str] = {}
     owners = _owners(model)
+    skipped = {conv for name, conv in convs.items() if _matches(name, skip)}
     for name, conv in convs.items():
         choice = _choice(trainable, name)
-        if _matches(name, skip) or choice is _NO_CHOICE:
+        if conv in skipped or conv in replacements or choice is _NO_CHOICE:
             continue
         obstacle = _obstacle(conv, owners)
         if obstacle:
@@ -306,6 +310,9 @@ def _obstacle(conv: nn.Conv2d, owners: Counter[int]) -> str | None:
 def _with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
     """`new` with the hooks of `old`: the very dicts, so that the handles people hold still remove them."""
     vars(new).update({name: value for name, value in vars(old).items() if "hook" in name})
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)  # type: ignore[attr-defined]
     return new
 
 

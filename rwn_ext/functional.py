@@ -115,8 +115,15 @@ def _layer(
     )
 
 
-def _pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _pair(value: int | Sequence[int]) -> Pair:
+    """One number for both, as F.conv2d takes it: alone or in a sequence."""
+    if isinstance(value, Sequence):
+        return (value[0], value[-1]) if len(value) in (1, 2) else _refuse(value)
+    return value, value
+
+
+def _refuse(value: Sequence[int]) -> Pair:
+    raise RuntimeError(f"{tuple(value)} is neither one number nor a pair")
 
 
 def _make_layer(

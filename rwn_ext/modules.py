@@ -516,3 +516,5 @@ def _set_value(parameter: nn.Parameter, value: Tensor) -> None:
         # of dtype makes it forget.
         parameter.data = torch.empty(0, dtype=torch.float16 if value.dtype != torch.float16 else torch.float32)
     parameter.data = value
+    # A backward pass whose forward saw the old value raises, as after any change in place.
+    torch.autograd.graph.increment_version(parameter)

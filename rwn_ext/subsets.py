@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -102,7 +102,9 @@ def choose(
     """
     if policy not in POLICIES:
         raise ValueError(f"select={policy!r} is not a selection policy; choose one of {', '.join(POLICIES)}")
-    if trainable is None or isinstance(trainable, (bool, str, bytes)):
+    if getattr(trainable, "ndim", None) == 0:
+        trainable = trainable.item()  # an array of one number, no axis
+    if trainable is None or isinstance(trainable, (bool, str, bytes, bytearray, Mapping)):
         raise TypeError(
             f"{what}={trainable!r} is no choice of channels; "
             "give a fraction (0.0 none, 1.0 all), a count, indices or a mask"

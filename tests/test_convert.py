@@ -176,6 +176,24 @@ def test_magnitude_looks_at_the_weights_present():
     assert {name: filters for name, (filters, _) in subsets(convert(model, 3, select="magnitude")).items()} == expected
 
 
+def test_load_hooks_are_called_with_the_converted_module():
+    model, seen = nn.Sequential(nn.Conv2d(3, 4, 3)), []
+    model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    convert(model, 0.5).load_state_dict(model.state_dict())
+    assert seen == [model[0]]
+
+
+def test_a_shared_module_answers_to_all_its_names():
+    def shared() -> nn.Module:
+        model = nn.Module()
+        model.a = model.b = nn.Conv2d(3, 4, 3)
+        return model
+
+    model = convert(shared(), {"b": 1})
+    assert model.a is model.b and len(model.a.filters) == 1
+    assert isinstance(convert(shared(), 0.5, skip="b").a, nn.Conv2d)
+
+
 def test_hooks_move_along_and_their_handles_still_remove_them():
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU())
     conv, calls = model[0], []

@@ -498,3 +498,16 @@ def test_a_merged_weight_lives_no_longer_than_the_forward():
     del output
     held: list[Tensor] = [v for v in vars(layer).values() if torch.is_tensor(v)]
     assert all(t.numel() < layer.weight.numel() for t in [*held, *(t for t in kept if t.shape[2:] == (3, 2))])
+
+
+@pytest.mark.parametrize(
+    "geometry", [{"padding": [1]}, {"stride": (2,)}, {"dilation": (2,)}, {"padding": [1, 2]}], ids=str
+)
+def test_one_number_in_a_sequence_stands_for_both_as_in_conv2d(geometry):
+    conv, x = nn.Conv2d(3, 4, 3, **geometry), torch.randn(2, 3, 9, 9)
+    assert torch.equal(PartialConv2d.from_conv2d(conv, trainable=2)(x), conv(x))
+
+
+def test_three_numbers_are_no_pair():
+    with pytest.raises(RuntimeError, match=r"\(1, 2, 3\) is neither one number nor a pair"):
+        PartialConv2d(3, 4, 3, stride=(1, 2, 3), trainable=2)(torch.randn(2, 3, 9, 9))

@@ -45,6 +45,9 @@ def test_runs_hold_the_indices_and_the_complement_the_others(case):
         (torch.arange(10) % 5 == 0, [0, 5]),
         (np.arange(10) > 7, [8, 9]),
         (torch.zeros(10, dtype=torch.bool), []),
+        (torch.tensor(3), [7, 8, 9]),
+        (torch.tensor(0.25), [8, 9]),
+        (np.array(1), [9]),
     ],
     ids=repr,
 )
@@ -67,6 +70,8 @@ def test_fraction_is_int_of_the_product(size, fraction):
         ("0.5", TypeError, "'0.5'"),
         (b"1", TypeError, "b'1'"),
         (1j, TypeError, "1j"),
+        (bytearray(b"1"), TypeError, "bytearray"),
+        ({1: 2}, TypeError, "{1: 2}"),
         (object, TypeError, "object"),
         (-1, ValueError, "-1"),
         (9, ValueError, "9"),

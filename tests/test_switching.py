@@ -54,6 +54,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) ->
         optimizer.step()
 
 
+def test_a_switch_between_forward_and_backward_is_refused_by_backward():
+    """The weights that forward used are gone; torch says so as after any change in place."""
+    conv = PartialConv2d(4, 8, 3, padding=1, trainable=[0, 1])
+    output = conv(torch.randn(2, 4, 6, 6, requires_grad=True))
+    conv.set_trainable_([6, 7])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_a_loss_that_is_still_at_hand_does_not_disturb():
     """Its graph keeps autograd's memory of the Parameters' shapes alive."""
     layer = PartialConv2d(3, 6, 2, trainable=2)

@@ -72,7 +72,7 @@ def conv_of(module: nn.Module, y: Tensor) -> tuple[Conv, Parts] | None:
     if padding is None:
         return None
     assert isinstance(module, (nn.Conv2d, PartialConv2d))
-    kernel_size, stride, dilation = ((v[0], v[1]) for v in (module.kernel_size, module.stride, module.dilation))
+    kernel_size, stride, dilation = ((v[0], v[-1]) for v in (module.kernel_size, module.stride, module.dilation))
     if isinstance(module, PartialConv2d):
         parts: Parts = [getattr(module, name) for name in WEIGHT_PARTS + BIAS_PARTS]
         p = module.partition
@@ -117,4 +117,4 @@ def _padding(module: nn.Module) -> Pair | None:
     if module.padding == "same":
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return None if any(total % 2 for total in totals) else (totals[0] // 2, totals[1] // 2)
-    return module.padding[0], module.padding[1]
+    return module.padding[0], module.padding[-1]
