@@ -78,7 +78,7 @@ def test_tune_plans_by_the_clock_and_keeps_it(measured_as, fresh, monkeypatch: p
     assert content["format"] == tuning.FORMAT and content["seconds"] == {"cpu": {str(p): times[p] for p in times}}
     # Another process does not look unless it is told to; then it does not measure again.
     fresh()
-    assert plan(second).algorithm == "gather"
+    assert plan(second).algorithm == "full"
     planner._forget()
     monkeypatch.setenv("RWN_EXT_TUNE", "1")
     assert plan(second).algorithm == "matmul" and len(seen) == 2
