@@ -14,8 +14,8 @@ from rwn_ext.subsets import Subset
 
 pytest.importorskip("expecttest", reason="torch.testing's samples need it")
 
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
-from torch.testing._internal.common_modules import module_db  # noqa: E402
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
 
 CONV2D = next(op for op in op_db if op.name == "nn.functional.conv2d")
 MODULE = next(info for info in module_db if info.module_cls is nn.Conv2d)
