@@ -64,6 +64,10 @@ QUICK = [("wrn-16-4 stage 2", 0.1), ("wrn-28-10 stage 2", 0.1)]
 WITH_COMPILED = QUICK
 
 
+def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:
+    return ([] if quick else [pytest.mark.slow]) + ([pytest.mark.compiled] if compiled else [])
+
+
 def rows(name: str, part: float) -> tuple[str, ...]:
     return (*WAYS, *(COMPILED if (name, part) in WITH_COMPILED else ()))
 
@@ -71,13 +75,13 @@ def rows(name: str, part: float) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("name", "part", "way"),
     [
-        pytest.param(*case, way, marks=[] if case in QUICK and way not in COMPILED else [pytest.mark.slow])
+        pytest.param(*case, way, marks=marks(case in QUICK, way in COMPILED))
         for case in CASES
         for way in rows(*case)
     ],
 )
 def test_layer(record, rounds, request, name, part, way):
-    compiled = not request.config.option.quick
+    compiled = request.config.option.compiled
     record(measured(name, part, rounds(ROUNDS), compiled), way)
 
 

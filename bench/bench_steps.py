@@ -37,6 +37,10 @@ STEPS = GPU_STEPS if DEVICE == "cuda" else CPU_STEPS
 WITH_COMPILED = STEPS[0][0]
 
 
+def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:
+    return ([] if quick else [pytest.mark.slow]) + ([pytest.mark.compiled] if compiled else [])
+
+
 def rows(net: str) -> tuple[str, ...]:
     return ROWS + (COMPILED if net == WITH_COMPILED else ())
 
@@ -44,13 +48,13 @@ def rows(net: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("net", "batch", "wanted_rounds", "row"),
     [
-        pytest.param(*case, row, marks=[] if case is STEPS[0] and row not in COMPILED else [pytest.mark.slow])
+        pytest.param(*case, row, marks=marks(case is STEPS[0], row in COMPILED))
         for case in STEPS
         for row in rows(case[0])
     ],
 )
 def test_step(record, rounds, request, net, batch, wanted_rounds, row):
-    record(measured(net, batch, rounds(wanted_rounds), not request.config.option.quick), row)
+    record(measured(net, batch, rounds(wanted_rounds), request.config.option.compiled), row)
 
 
 @lru_cache(maxsize=1)

@@ -26,19 +26,22 @@ _TABLES: dict[str, list[list[str]]] = {}
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="a minute's worth: few layers and rounds")
+    parser.addoption("--compiled", action="store_true", help="torch.compile too, which takes minutes for each network")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.option.benchmark_timer = f"{clock.__module__}.{clock.__name__}"
     config.addinivalue_line("markers", "slow: left out by --quick")
+    config.addinivalue_line("markers", "compiled: left out without --compiled")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.option.quick:
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="--quick"))
+    left_out = {"slow"} if config.option.quick else set()
+    left_out |= set() if config.option.compiled else {"compiled"}
+    for item in items:
+        for name in left_out & {marker.name for marker in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=f"{name} cases are left out"))
 
 
 def pytest_collection_finish(session):
