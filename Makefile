@@ -21,7 +21,7 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	mkdir -p $(RESULTS)
-	$(VENV)/bin/python -m pytest bench -q $(if $(QUICK),--quick) --benchmark-columns=median,iqr --benchmark-disable-gc \
+	$(VENV)/bin/python -m pytest bench -q $(if $(QUICK),--quick) $(if $(COMPILED),--compiled) --benchmark-columns=median,iqr --benchmark-disable-gc \
 		--benchmark-json=$(RESULTS)/bench.json
 	$(VENV)/bin/python -m bench.report $(RESULTS)
 

@@ -74,11 +74,7 @@ def rows(name: str, part: float) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     ("name", "part", "way"),
-    [
-        pytest.param(*case, way, marks=marks(case in QUICK, way in COMPILED))
-        for case in CASES
-        for way in rows(*case)
-    ],
+    [pytest.param(*case, way, marks=marks(case in QUICK, way in COMPILED)) for case in CASES for way in rows(*case)],
 )
 def test_layer(record, rounds, request, name, part, way):
     compiled = request.config.option.compiled

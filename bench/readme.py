@@ -16,6 +16,7 @@ from PIL import Image
 
 from bench.group import PLAIN
 from bench.pictures import FINGERPRINT, draw_demo, draw_layers, draw_scaling, draw_steps
+from bench.report import page
 from bench.results import Entry, Results, groups, load
 from rwn_ext.paper import demo
 
@@ -25,18 +26,26 @@ RESULTS = ROOT / "bench" / "results" / "cpu-2-cores"
 PICTURES = {"demo.png": draw_demo, "steps.png": draw_steps, "layers.png": draw_layers, "scaling.png": draw_scaling}
 
 
+def pictured(results: Results) -> dict[str, Callable[[Results, Path], None]]:
+    """The pictures of which there are results."""
+    levels = {"step": "steps.png", "layer": "layers.png", "scaling": "scaling.png"}
+    names = [name for level, name in levels.items() if results.level(level)]
+    return {name: PICTURES[name] for name in [*(["demo.png"] if results.demo else []), *names]}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if anything differs")
     results, text = load(RESULTS), README.read_text()
     if parser.parse_args(arguments).check:
         old = [] if filled(text, results) == text else [README.name]
-        old += [name for name in PICTURES if fingerprint(RESULTS / name) != results.fingerprint]
+        old += [name for name in pictured(results) if fingerprint(RESULTS / name) != results.fingerprint]
         print("\n".join(f"{name} is not what the results say; run python -m bench.readme" for name in old))
         return int(bool(old))
     README.write_text(filled(text, results))
-    for name, draw in PICTURES.items():
+    for name, draw in pictured(results).items():
         draw(results, RESULTS / name)
+    (RESULTS / "report.md").write_text(page(results))
     return 0
 
 
