@@ -1,7 +1,7 @@
 """What a weight gradient costs by each algorithm: bytes, operations and launches, and from these seconds.
 
 The numbers of a chip are rates that a good kernel reaches, not those of its data sheet. Those of the libraries are a
-model; bench/fit_costs.py refits it from measurements. Pure Python, no device needed.
+model, not yet fitted to measurements. Pure Python, no device needed.
 """
 
 from __future__ import annotations
