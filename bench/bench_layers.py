@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.competitors import FROZEN, LORA, OURS, PLAIN, SLICED, WAYS, learned_gradient
-from bench.conftest import DEVICE, DTYPE
+from bench.conftest import DEVICE, DTYPE, marks
 from bench.group import Group
 from bench.rates import convolution_floor, rates
 from rwn_ext.paper.timing import interleaved, synchronized_clock
@@ -62,10 +62,6 @@ COMPILED = {f"compiled {way}": way for way in (PLAIN, OURS)}
 CASES = [(name, part) for name in LAYERS for part in PARTS]
 QUICK = [("wrn-16-4 stage 2", 0.1), ("wrn-28-10 stage 2", 0.1)]
 WITH_COMPILED = QUICK
-
-
-def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:
-    return ([] if quick else [pytest.mark.slow]) + ([pytest.mark.compiled] if compiled else [])
 
 
 def rows(name: str, part: float) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.competitors import FROZEN, OURS, PLAIN, SLICED, WAYS
-from bench.conftest import DEVICE, DTYPE
+from bench.conftest import DEVICE, DTYPE, marks
 from bench.group import Group
 from rwn_ext.paper.networks import build
 from rwn_ext.paper.timing import interleaved
@@ -45,11 +45,7 @@ NET_ROWS = (PLAIN, OURS, FROZEN)
 
 
 def points(values, rows, quick=()):
-    return [
-        pytest.param(*value, row, marks=[] if value in quick else [pytest.mark.slow])
-        for value in values
-        for row in rows
-    ]
+    return [pytest.param(*value, row, marks=marks(value in quick, compiled=False)) for value in values for row in rows]
 
 
 @pytest.mark.parametrize(("axis", "value", "row"), points(POINTS, LAYER_ROWS, QUICK))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.competitors import FROZEN, OURS, PLAIN, WAYS, with_convolutions
-from bench.conftest import DEVICE
+from bench.conftest import DEVICE, marks
 from bench.group import Group
 from rwn_ext.paper.networks import build
 from rwn_ext.paper.schedules import schedule_of
@@ -35,10 +35,6 @@ GPU_STEPS = tuple((net, 128, 41) for net in ("wrn-28-10", "wrn-28-4", "densenet-
 STEPS = GPU_STEPS if DEVICE == "cuda" else CPU_STEPS
 # Compiling takes long, so it is done for one network.
 WITH_COMPILED = STEPS[0][0]
-
-
-def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:
-    return ([] if quick else [pytest.mark.slow]) + ([pytest.mark.compiled] if compiled else [])
 
 
 def rows(net: str) -> tuple[str, ...]:

@@ -74,6 +74,11 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in ("id", "time", "dirty")}
 
 
+def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:
+    """Of a case: whether --quick measures it too, whether --compiled alone does."""
+    return ([] if quick else [pytest.mark.slow]) + ([pytest.mark.compiled] if compiled else [])
+
+
 @pytest.fixture
 def rounds(request) -> Callable[[int], int]:
     """How many rounds to measure: what is asked for, a few with --quick."""
