@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rwn_ext.budget import Budget, fit
 from rwn_ext.describe import describe, table
 from rwn_ext.draw import draw_
 from rwn_ext.frozen_norm import freeze_norms, unfreeze_norms
@@ -20,18 +22,24 @@ from rwn_ext.modules import PARTIAL
 from rwn_ext.partial_layer import PartialLayer
 from rwn_ext.partition import PARTS
 from rwn_ext.planner import requested
+from rwn_ext.scores import gradient_norms_of, magnitudes
 from rwn_ext.subsets import choose
 
 NORMS = ("train", "frozen")
+SCORES = ("magnitude", "gradient")
 
 
 def convert(
     model: nn.Module,
-    trainable: Any,
+    trainable: Any = None,
     *,
+    budget: int | str | float | None = None,
+    optimizer_states: int = 1,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    batches: Iterable[Any] = (),
     trainable_inputs: Any = None,
     trainable_bias: str = "with_filters",
-    select: str = "last",
+    select: str | None = None,
     seed: int | torch.Generator | None = None,
     frozen: str = "random",
     algorithm: str | None = None,
@@ -52,6 +60,9 @@ def convert(
         trainable: one choice for all layers (see `PartialConv2d`), or a dict from name patterns to choices, such as
             `{"layer1.*": 0, "layer4.*": 0.5, "*.downsample.*": 1.0}`. The last pattern that matches a layer's name
             decides; a layer that none matches stays as it is.
+        budget, optimizer_states, loss, batches: instead of `trainable`, what training may cost; the filters are those
+            of `plan_budget`, which says more. Needs `example`.
+        select: as for `PartialConv2d`, default "last"; with a budget "magnitude" or "gradient".
         draw_seed: give the converted layers new initial values, drawn from this seed by `rwn_ext.draw_`, for which a
             compact checkpoint needs no more than the seed; default: they keep their values.
         trainable_inputs: as for `PartialConv2d`; of a depthwise convolution, which has one input channel a filter, it
@@ -63,7 +74,8 @@ def convert(
         lean: keep for backward only what the learned part needs, by rewriting the model's forward (see
             `rwn_ext.lean.make_lean`); outputs and gradients stay the same, on a CPU bit for bit.
         skip: names or patterns of layers to leave as they are.
-        verbose: print a table of the layers; with `example`, an input of the model, also the planned algorithms.
+        verbose: print a table of the layers; with `example`, an input of the model, also the planned algorithms; with
+            a budget, also how it is spent.
         (the others as for `PartialConv2d`; one `seed` draws all layers, each differently)
 
     Layers that cannot be converted without losing something (subclasses, such as the output projection of
@@ -75,6 +87,17 @@ def convert(
     """
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
+    plan = None
+    if budget is not None:
+        if trainable is not None:
+            raise ValueError(f"give trainable={trainable!r} or budget={budget!r}, not both")
+        plan = plan_budget(
+            model, budget, example=example, select=select or "magnitude", optimizer_states=optimizer_states, loss=loss,
+            batches=batches, trainable_inputs=trainable_inputs, trainable_bias=trainable_bias, frozen=frozen,
+            draw_seed=draw_seed, linear=linear, norm=norm, skip=skip,
+        )  # fmt: skip
+        trainable, select = plan.filters, "magnitude"
+    select = select or "last"
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     options = {"trainable_bias": trainable_bias, "select": select, "seed": generator, "frozen": frozen}
     requested(algorithm)
@@ -119,7 +142,55 @@ def convert(
         print(describe(model, example))
         if lean:
             print(table(["layer", "kept for backward"], [(name, text) for name, text in explain(model).items()]))
+        if plan is not None:
+            print(plan)
     return model
+
+
+def plan_budget(
+    model: nn.Module,
+    budget: int | str | float,
+    *,
+    example: Tensor | None = None,
+    select: str = "magnitude",
+    optimizer_states: int = 1,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    batches: Iterable[Any] = (),
+    **options: Any,
+) -> Budget:
+    """The filters that `convert(model, budget=...)` lets learn, and what they cost: printed, a table; `model` stays.
+
+    What a training step takes beside parameters and buffers (kept for backward, gradients, optimizer state; what
+    `rwn_ext.report.memory` measures) stays within the budget, and as much score² per byte as a greedy choice finds is
+    learned for it. `convert(model, plan.filters)` does what was planned.
+
+    Args:
+        budget: bytes, as an int or a text such as "2 GB" or "512 MiB"; or, as a float, the share of the convertible
+            layers' weights that is learned, whatever is kept for backward.
+        example: an input of the model, with the batch size of training; a budget of bytes needs it.
+        select: the score of a filter: "magnitude", its own L2 norm, or "gradient", that of its gradient summed over
+            `batches`, with `loss(model, batch)` as for `rwn_ext.gradient_norms`.
+        optimizer_states: how many numbers the optimizer keeps for a learned one: SGD 0, with momentum 1, Adam 2.
+        options: of `convert`. What `lean` saves is not counted on.
+
+    Copies of the model run the example once for each layer. Raises ValueError for a budget that is none, and for one
+    that the model exceeds with no filter learned, naming the least possible.
+    """
+    if select not in SCORES:
+        raise ValueError(f"select={select!r} gives filters no score; with a budget choose one of {', '.join(SCORES)}")
+    if select == "gradient" and (loss is None or not (batches := list(batches))):
+        raise ValueError("select='gradient' needs loss=, a function of the model and a batch, and batches=")
+    already = _partial(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said when the model itself is converted
+        probe = convert(copy.deepcopy(model), 1, select="magnitude", **options)
+    dense = restore(copy.deepcopy(probe))
+    layers = {name: dense.get_submodule(name) for name in _partial(probe) if name not in already}
+    if loss is None or select == "magnitude":
+        scores = magnitudes(layers)
+    else:
+        scores = gradient_norms_of(dense, layers, loss, batches)
+    return fit(probe, budget, example, scores, optimizer_states)
 
 
 def restore(model: nn.Module) -> nn.Module:

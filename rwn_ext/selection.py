@@ -6,11 +6,11 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rwn_ext.convert import restore
 from rwn_ext.partial_layer import PartialLayer
+from rwn_ext.scores import gradient_norms_of
 
 
 def gradient_norms(
@@ -36,11 +36,4 @@ def gradient_norms(
     convs = {name: layer for name, layer in dense.named_modules() if name in partial or isinstance(layer, kinds)}
     # Of a plain convolution too, but only if it is not computed from something else.
     convs = {name: conv for name, conv in convs.items() if name in partial or "weight" in conv._parameters}
-    for parameter in dense.parameters():
-        parameter.requires_grad_(False)
-    for conv in convs.values():
-        conv.weight.requires_grad_()
-        conv.weight.grad = torch.zeros_like(conv.weight)
-    for batch in batches:
-        loss(dense, batch).backward()
-    return {name: conv.weight.grad.flatten(1).norm(dim=1) for name, conv in convs.items()}  # type: ignore[union-attr]
+    return gradient_norms_of(dense, convs, loss, batches)
