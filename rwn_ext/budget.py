@@ -3,13 +3,14 @@
 A filter costs its gradient and its optimizer state. The first filter of a layer also costs what the layer then keeps of
 its input for backward, and, where no earlier layer learns, all that backward needs from there on. Filters are taken
 greedily by score² per byte; a layer is opened with as many as make its ratio best. What is kept is measured, not
-modelled: once for each layer as the only one that learns, and in the end for the choice itself.
+modelled: once for each layer as the only one that learns, whenever a layer is opened, and for the choice.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +102,7 @@ def fit(
             raise ValueError(f"budget={budget} is no fraction of the weights between 0.0 and 1.0; bytes must be an int")
         weights = sum(layer.weight.numel() for layer in layers.values())
         prices = {name: float(layer.weight_trainable[0].numel()) for name, layer in able.items()}  # type: ignore[index]
-        counts = _greedy(scores, prices, budget * weights, lambda opened, name: 0.0)
+        counts = _greedy(scores, prices, budget * weights, None)
         said = f"{budget:.1%} of {weights:,} weights"
         return _result(probe, layers, _best(scores, counts), example, optimizer_states, said)
     limit = parse(budget)
@@ -118,10 +119,10 @@ def fit(
     room = float(limit - least)
     said = f"{limit / 1e6:,.3f} MB, optimizer states {optimizer_states}"
     best, tried = None, 0
-    # The prices are exact for a chain of ungrouped layers; elsewhere the sum may be more or less than they say.
+    # Of a grouped layer the prices say too much; what that leaves is spent again.
     while best is None or tried < 4:
         tried += 1
-        counts = _greedy(scores, ledger.prices, room, ledger.opening)
+        counts = _greedy(scores, ledger.prices, room, ledger)
         result = _result(probe, layers, _best(scores, counts), example, optimizer_states, said)
         if result.bytes <= limit and (best is None or result.bytes > best.bytes):
             best = result
@@ -165,11 +166,11 @@ class _Ledger:
         self.nothing = first.bytes
         # In the order in which they run; those that do not learn nothing.
         self._order = {name: place for place, name in enumerate(first.inputs)}
-        self._alone = {}
+        self._measured = {frozenset[str](): first.bytes}
         for name in self._order:
             self._only([name])
             run = measure(self.probe, self.layers, self.example)
-            self._alone[name] = run.bytes
+            self._measured[frozenset([name])] = run.bytes
             if self._order[name] == 0:
                 self._inputs, self._saved = run.inputs, run.saved
         self.prices = {name: self._price(name) for name in self._order}
@@ -178,9 +179,18 @@ class _Ledger:
         """What is kept more once this layer learns, too."""
         return max(0.0, self._kept([*opened, name]) - self._kept(opened))
 
+    def confirmed(self, opened: list[str], name: str) -> bool:
+        """Whether `opening` is measured, not estimated; if not, it is from now on."""
+        together = frozenset([*opened, name])
+        if together in self._measured:
+            return True
+        self._only(together)
+        self._measured[together] = measure(self.probe, self.layers, self.example).bytes
+        return False
+
     def _kept(self, opened: list[str]) -> float:
-        if not opened:
-            return self.nothing
+        if frozenset(opened) in self._measured:
+            return self._measured[frozenset(opened)]
         first = min(opened, key=self._order.__getitem__)
         others: dict[Any, float] = {}
         for name in opened:
@@ -189,7 +199,7 @@ class _Ledger:
                 others[name] = self._copied(name)
             elif name != first and address not in self._saved and address != self._inputs[first][0]:
                 others[address] = nbytes
-        return self._alone[first] + sum(others.values())
+        return self._measured[frozenset([first])] + sum(others.values())
 
     def _share(self, name: str) -> float:
         """Of its input, what the one filter of the probe sees."""
@@ -209,7 +219,7 @@ class _Ledger:
         grouped = self._share(name) * self._inputs[name][1] if layer.partition.groups > 1 else 0.0
         return (1 + self.states) * size + grouped
 
-    def _only(self, names: list[str]) -> None:
+    def _only(self, names: Collection[str]) -> None:
         """Lets the filters of these layers alone learn."""
         for name, layer in self.layers.items():
             assert layer.weight_trainable is not None
@@ -269,7 +279,9 @@ def measure(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) 
         return Kept(by_layer, inputs, set(saved.storages))
 
 
-def _greedy(scores: Mapping[str, Tensor], prices: Mapping[str, float], room: float, opening: Any) -> dict[str, int]:
+def _greedy(
+    scores: Mapping[str, Tensor], prices: Mapping[str, float], room: float, ledger: _Ledger | None
+) -> dict[str, int]:
     """How many of its best filters each layer learns."""
     gains = {n: scores[n].double().cpu().square().sort(descending=True).values for n in prices}
     ratios_of = {name: (values / prices[name]).tolist() for name, values in gains.items()}
@@ -280,13 +292,17 @@ def _greedy(scores: Mapping[str, Tensor], prices: Mapping[str, float], room: flo
         for name in prices:
             if counts[name]:
                 continue
-            costs = opening(opened, name) + prices[name] * torch.arange(1, len(gains[name]) + 1, dtype=torch.float64)
+            costs = (ledger.opening(opened, name) if ledger else 0.0) + prices[name] * torch.arange(
+                1, len(gains[name]) + 1, dtype=torch.float64
+            )
             affordable = int((costs <= room).sum())
             if affordable:
                 ratios = gains[name].cumsum(0)[:affordable] / costs[:affordable].clamp(min=1)
                 place = int(ratios.argmax())
                 if float(ratios[place]) > best_ratio:
                     best, best_ratio, best_cost = (name, place + 1), float(ratios[place]), float(costs[place])
+        if best_ratio >= 0 and ledger and not ledger.confirmed(opened, best[0]):
+            continue
         # Before another layer is opened, those that are take their filters of a better ratio.
         waiting = sorted(
             ((ratios_of[name][i], name) for name in opened for i in range(counts[name], len(gains[name]))),
@@ -316,7 +332,9 @@ def _result(
     probe: nn.Module, layers: Mapping[str, PartialLayer], filters: Mapping[str, list[int]], example: Tensor | None,
     states: int, said: str,
 ) -> Budget:  # fmt: skip
-    """The choice, set in the probe, and what it costs there; without an example nothing is kept."""
+    """The choice, set in a copy of the probe, and what it costs there; without an example nothing is kept."""
+    probe = copy.deepcopy(probe)
+    layers = {name: probe.get_submodule(name) for name in layers}  # type: ignore[misc]
     for name, layer in layers.items():
         layer.set_trainable_(filters.get(name, []), None if layer.inputs.is_full else list(layer.inputs.indices))
         for parameter in (layer.weight_trainable, layer.bias_trainable):
