@@ -16,6 +16,8 @@ from rwn_ext.report import backends
 
 CSRC = Path(__file__).parents[1] / "csrc"
 FAMILIES = ["gemm_ffma", "gemm_mma", "gemm_wgmma", "depthwise"]
+# As CMakeLists.txt states them to kernels.cpp.
+ARCHS_BUILT = {"PLAIN": "75-virtual,80-real,90a-real", "MMA": "80-virtual,80-real,90a-real", "WGMMA": "90a-real"}
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 needs_module = pytest.mark.skipif(
     cuda.native is None, reason="rwn_ext._cuda is not built here: no nvcc, or not in place"
@@ -35,7 +37,8 @@ def compiled(folder: Path, *sources: str) -> Path:
 
     def build(source: str) -> Path:
         target = folder / (source.replace("/", "_") + ".o")
-        flags = ["-std=c++17", "-O1", "-Wno-psabi", "-DRWN_HAS_MMA", "-DRWN_HAS_WGMMA", "-x", "c++"]
+        built = [f'-DRWN_{family}_ARCHS="{archs}"' for family, archs in ARCHS_BUILT.items()]
+        flags = ["-std=c++17", "-O1", "-Wno-psabi", *built, "-x", "c++"]
         subprocess.run(["c++", *flags, "-c", CSRC / source, "-o", target], check=True)
         return target
 
