@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE MANIFEST.in
 	$(wildcard csrc/* csrc/*/* kernels/*.py rwn_ext/*.py rwn_ext/*/*.py)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint gpu clean
+.PHONY: demo test bench lint gpu gpu-csrc clean
 
 demo: $(VENV)/installed-paper
 	$(VENV)/bin/python -m rwn_ext.paper demo
@@ -34,6 +34,10 @@ lint: $(VENV)/installed-lint
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch finds no usable GPU'"
 	$(PYTHON) -m pytest tests
+
+# Every CUDA kernel against a host reference and under compute-sanitizer: nvcc, cmake and ninja are all it needs.
+gpu-csrc:
+	csrc/checks/run
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo runs
