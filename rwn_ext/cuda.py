@@ -53,8 +53,8 @@ def weight_grad(
     """The gradient of the filters `filters` alone, (Kt, Ct, R, S), in the input's memory format and in `dtype`.
 
     Equals `torch.nn.grad.conv2d_weight(...)[filters]`, summed in float32 in an order that depends on the sizes alone.
-    `grad_output` (N, K, P, Q) is whole; `input` (N, C, H, W) holds the channels of the groups that hold a learned filter,
-    and `p` is the problem as the planner sees it, whose geometry counts here. `dtype` is the input's, or torch.float32.
+    `grad_output` (N, K, P, Q) is whole; `input` (N, C, H, W) holds the channels of the groups with a learned filter.
+    `p` is the problem as the planner sees it, whose geometry counts here. `dtype` is the input's, or torch.float32.
     With `scale` and `shift`, float32 (C,), the input is replaced by relu(input * scale + shift), rounded to its type.
 
     `kernel`, one of `KERNELS`, is taken where it can read these tensors (16-byte copies need 16-byte boundaries), else,

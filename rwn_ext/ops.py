@@ -532,7 +532,9 @@ def _flops(p: Problem, algorithm: str) -> int:
     chosen = plan(p, algorithm).algorithm
     columns = p.filters if chosen == "full" else p.learned
     # These multiply every pixel of the input, the others those of the output.
-    over_input = chosen in ("unfold", "stationary") or (chosen in costs.CUDA and p.groups == 1 and p.kernel_size != (1, 1))
+    over_input = chosen in ("unfold", "stationary") or (
+        chosen in costs.CUDA and p.groups == 1 and p.kernel_size != (1, 1)
+    )
     pixels = p.height * p.width if over_input else p.output_size[0] * p.output_size[1]
     return 2 * p.batch * pixels * columns * (p.channels // p.groups) * p.kernel_size[0] * p.kernel_size[1]
 

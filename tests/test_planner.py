@@ -79,7 +79,9 @@ def test_heuristic(change: dict, picked: str):
         pytest.param({"device": "cuda", "dtype": "float64"}, "cuda", "not float64", marks=needs_module),
         pytest.param({"device": "cuda"}, "cuda_mma", "take bfloat16 and float16", marks=needs_module),
         pytest.param({"device": "cuda", "groups": 4}, "cuda", "one group", marks=needs_module),
-        pytest.param({"device": "cuda", "channels_last": False} | HALF, "cuda_mma", "channels_last", marks=needs_module),
+        pytest.param(
+            {"device": "cuda", "channels_last": False} | HALF, "cuda_mma", "channels_last", marks=needs_module
+        ),
         pytest.param({"device": "cuda", "chip": costs.A100} | HALF, "cuda_wgmma", "9.0", marks=needs_module),
         pytest.param({"device": "cuda", "batch": 2**25}, "cuda", "32-bit", marks=needs_module),
         pytest.param({"device": "cuda"}, "cuda_depthwise", "not depthwise", marks=needs_module),
@@ -204,7 +206,9 @@ def test_the_cost_of_a_compiled_kernel_by_hand():
 
 def test_without_cuda_kernels_it_says_so(no_cuda_kernels):
     on_gpu = replace(LAYER, device="cuda", dtype="bfloat16")
-    with pytest.raises(ValueError, match="algorithm='cuda' cannot compute .*: rwn_ext was built without CUDA kernels;"):
+    with pytest.raises(
+        ValueError, match=r"algorithm='cuda' cannot compute .*: rwn_ext was built without CUDA kernels;"
+    ):
         plan(on_gpu, "cuda")
     assert "cannot be cuda_mma: rwn_ext was built without CUDA kernels" in explain(on_gpu)
     assert plan(on_gpu).algorithm not in costs.CUDA
