@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwn_ext import PartialConv2d, costs, cuda, planner
+from rwn_ext import PartialConv2d, convert, costs, cuda, planner
 from rwn_ext.planner import ALGORITHMS, FAMILIES, Problem, explain, plan
 
 
@@ -278,6 +278,21 @@ def test_explain_on_a_gpu_shows_times_bytes_and_the_floor(no_cuda_kernels):
     for name in ("full", "gather", "stationary"):
         assert f"  {name} predicted: " in text
     assert "pointwise predicted" not in text
+
+
+def test_every_way_to_ask_for_cuda_is_refused_alike_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    x = torch.randn(1, 4, 5, 5)
+    refused = pytest.raises(
+        ValueError, match=r"algorithm='cuda' cannot compute .*(built without CUDA|need a GPU, not cpu)"
+    )
+    model = convert(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3)), trainable=2, algorithm="cuda")
+    with refused:
+        model(x)
+    with refused:
+        explain(LAYER, "cuda")
+    monkeypatch.setenv("RWN_EXT_ALGORITHM", "cuda")
+    with refused:
+        PartialConv2d(4, 8, 3, trainable=2)(x)
 
 
 def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch):
