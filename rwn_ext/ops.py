@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from rwn_ext import costs, planner
+from rwn_ext import costs, cpu, planner
 from rwn_ext.planner import Problem, plan
 from rwn_ext.subsets import Subset, run_indices, run_length
 
@@ -468,6 +468,15 @@ def _pixels(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.size(1))
 
 
+def _direct(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
+    """The compiled kernel of the CPU."""
+    if torch.is_grad_enabled() and (grad_output.requires_grad or input.requires_grad):
+        # Double backward goes through aten.
+        return _gather(grad_output, input, filters, p, groups, dtype)
+    out = torch.empty((p.learned, p.channels, *p.kernel_size), dtype=input.dtype, memory_format=memory_format(input))
+    return cpu.weight_grad(grad_output, input, filters, p.kernel_size, p.stride, p.padding, p.dilation, out=out)
+
+
 def _triton(
     family: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
 ) -> Tensor:
@@ -495,6 +504,7 @@ _ALGORITHMS: dict[str, Implementation] = {
     "gather": _gather,
     "matmul": _matmul,
     "unfold": _unfold,
+    "direct": _direct,
     **{family: partial(_triton, family) for family in costs.TRITON},
 }
 

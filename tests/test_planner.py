@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwn_ext import PartialConv2d, costs, planner
+from rwn_ext import PartialConv2d, costs, cpu, planner
 from rwn_ext.planner import ALGORITHMS, FAMILIES, Problem, explain, plan
 
 
@@ -43,9 +43,28 @@ LAYER = Problem(2, 64, 32, 32, 64, 6, (3, 3), padding=(1, 1), channels_last=True
     ],
     ids=str,
 )
-def test_heuristic(change: dict, picked: str):
+def test_heuristic(change: dict, picked: str, without_cpu_kernel):
     chosen = plan(replace(LAYER, **change))
     assert chosen.algorithm == picked and chosen.reason
+
+
+@pytest.mark.skipif(cpu.native is None, reason="rwn_ext was built without a C++ compiler")
+@pytest.mark.parametrize(
+    ("change", "direct"),
+    [
+        ({}, True),
+        ({"learned": 63, "stride": (2, 2), "channels_last": False}, True),
+        ({"batch": 1, "height": 4, "width": 4}, True),
+        ({"learned": 64}, False),
+        ({"channels": 3}, False),
+        ({"groups": 2}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"kernel_size": (1, 1), "padding": (0, 0)}, False),
+    ],
+    ids=str,
+)
+def test_heuristic_with_the_cpu_kernel(change: dict, direct: bool):
+    assert (plan(replace(LAYER, **change)).algorithm == "direct") == direct
 
 
 @pytest.mark.parametrize(
@@ -173,7 +192,7 @@ def test_explain_on_a_gpu_shows_times_bytes_and_the_floor():
     assert "pointwise predicted" not in text
 
 
-def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch):
+def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch, without_cpu_kernel):
     text = explain(LAYER)
     for part in (
         "6 of 64 filters 3x3",

@@ -13,9 +13,9 @@ namespace rwn::cpu {
 namespace {
 
 constexpr int TILE = 2 * LANES;
-// A block holds up to this many pixels of output, so that it stays in the first level cache.
-constexpr int BLOCK_COLUMNS = 64;
-constexpr int BLOCK_PIXELS = 256;
+// A block has rows of up to this many outputs, and as many of them as the first level cache has room for.
+constexpr int BLOCK_COLUMNS = 32;
+constexpr int BLOCK_BYTES = 24 * 1024;
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -24,20 +24,30 @@ int larger(int a, int b) { return a > b ? a : b; }
 
 // Some outputs of one image, and the input they are computed from.
 struct Block {
-  int row, rows, column, columns;                  // of the output
-  int top, left, input_rows, input_columns;        // of the input; top and left may lie before it
+  int row, rows, column, columns;            // of the output
+  int top, left, input_rows, input_columns;  // of the input; top and left may lie before it
 };
 
 int block_columns(const Problem& p) { return smaller(p.out_width, BLOCK_COLUMNS); }
-int block_rows(const Problem& p) { return larger(1, smaller(p.out_height, BLOCK_PIXELS / block_columns(p))); }
+
+int input_extent(int outputs, int stride, int kernel, int dilation) {
+  return (outputs - 1) * stride + (kernel - 1) * dilation + 1;
+}
+
+int block_rows(const Problem& p) {
+  const int columns = input_extent(block_columns(p), p.stride_w, p.kernel_w, p.dilation_w);
+  const int input_rows = BLOCK_BYTES / (columns * TILE * int(sizeof(float)));
+  const int rows = (input_rows - (p.kernel_h - 1) * p.dilation_h - 1) / p.stride_h + 1;
+  return larger(1, smaller(p.out_height, rows));
+}
 
 Block block_at(const Problem& p, int row, int column) {
   Block b;
   b.row = row, b.rows = smaller(block_rows(p), p.out_height - row);
   b.column = column, b.columns = smaller(block_columns(p), p.out_width - column);
   b.top = row * p.stride_h - p.padding_h, b.left = column * p.stride_w - p.padding_w;
-  b.input_rows = (b.rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
-  b.input_columns = (b.columns - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1;
+  b.input_rows = input_extent(b.rows, p.stride_h, p.kernel_h, p.dilation_h);
+  b.input_columns = input_extent(b.columns, p.stride_w, p.kernel_w, p.dilation_w);
   return b;
 }
 
@@ -160,8 +170,12 @@ void correlate(const Problem& p, const Item& item, const float* input, const flo
         const Block b = block_at(p, row, column);
         pack(p, item, b, image, scratch);
         const float* g = grad_image + (int64_t(row) * p.out_width + column) * p.learned;
-        const Walk walk = {b.rows, b.columns, int64_t(p.stride_h) * b.input_columns * TILE, int64_t(p.stride_w) * TILE,
-                           int64_t(p.out_width) * p.learned, p.learned};
+        const Walk walk = {b.rows,
+                           b.columns,
+                           int64_t(p.stride_h) * b.input_columns * TILE,
+                           int64_t(p.stride_w) * TILE,
+                           int64_t(p.out_width) * p.learned,
+                           p.learned};
         for (int tap = 0; tap < p.taps(); ++tap) {
           const int r = tap / p.kernel_w, s = tap % p.kernel_w;
           const float* x = scratch + (int64_t(r) * p.dilation_h * b.input_columns + s * p.dilation_w) * TILE;

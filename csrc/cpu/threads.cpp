@@ -1,5 +1,5 @@
-// torch's threads are those of an OpenMP library, which wait busily for more work: threads of our own would compete with
-// them. So the library that is already in the process is used, through the entry that code compiled by gcc calls.
+// torch's threads are those of an OpenMP library, which wait busily for more work: threads of our own would compete
+// with them. So the library that is already in the process is used, through the entry that code compiled by gcc calls.
 #include "threads.h"
 
 #include <dlfcn.h>

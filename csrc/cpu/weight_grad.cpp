@@ -2,6 +2,7 @@
 #include "weight_grad.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -15,15 +16,18 @@ extern const Code baseline;
 extern const Code avx2, avx512;
 #endif
 
-const Code& code() {
+const Code* const* codes() {
+  static const std::array<const Code*, 4> found = [] {
+    std::array<const Code*, 4> able{};
+    int count = 0;
 #ifdef RWN_X86
-  static const Code& best = __builtin_cpu_supports("avx512f")                                  ? avx512
-                            : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2
-                                                                                               : baseline;
-  return best;
-#else
-  return baseline;
+    if (__builtin_cpu_supports("avx512f")) able[count++] = &avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) able[count++] = &avx2;
 #endif
+    able[count] = &baseline;
+    return able;
+  }();
+  return found.data();
 }
 
 namespace {
@@ -57,27 +61,25 @@ void gather_image(const Problem& p, int n, const float* grad_output, const int64
 
 }  // namespace
 
-void weight_grad(const Problem& p, const float* input, const float* grad_output, const int64_t* filters, float* result,
-                 int threads) {
-  const Code& best = code();
+void weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
+                 const int64_t* filters, float* result, int threads) {
   const int64_t image = int64_t(p.out_height) * p.out_width * p.learned;
   const Floats gradient = allocate(p.batch * image);
-  run(threads, p.batch, [&](int64_t n, int) {
-    gather_image(p, int(n), grad_output, filters, gradient.get() + n * image);
-  });
+  run(threads, p.batch,
+      [&](int64_t n, int) { gather_image(p, int(n), grad_output, filters, gradient.get() + n * image); });
 
-  const int64_t tiles = divide_up(p.channels, best.tile);
+  const int64_t tiles = divide_up(p.channels, code.tile);
   const int64_t splits = std::clamp<int64_t>(ITEMS / tiles, 1, std::max(p.batch, 1));
-  const int64_t sums = int64_t(p.taps()) * p.learned * best.tile, scratch = best.scratch_floats(p);
+  const int64_t sums = int64_t(p.taps()) * p.learned * code.tile, scratch = code.scratch_floats(p);
   const Floats partial = allocate(tiles * splits * sums), scratches = allocate(threads * scratch);
   run(threads, tiles * splits, [&](int64_t i, int thread) {
     const int64_t tile = i / splits, split = i % splits;
     const int first = int(p.batch * split / splits), end = int(p.batch * (split + 1) / splits);
-    const int channel = int(tile * best.tile);
-    const Item item = {first, end - first, channel, std::min(best.tile, p.channels - channel)};
+    const int channel = int(tile * code.tile);
+    const Item item = {first, end - first, channel, std::min(code.tile, p.channels - channel)};
     float* to = partial.get() + i * sums;
     std::fill_n(to, sums, 0.0f);
-    best.correlate(p, item, input, gradient.get(), scratches.get() + thread * scratch, to);
+    code.correlate(p, item, input, gradient.get(), scratches.get() + thread * scratch, to);
   });
 
   run(threads, tiles, [&](int64_t tile, int) {
@@ -85,9 +87,9 @@ void weight_grad(const Problem& p, const float* input, const float* grad_output,
     for (int64_t split = 1; split < splits; ++split) {
       for (int64_t i = 0; i < sums; ++i) total[i] += total[split * sums + i];
     }
-    const int channel = int(tile * best.tile), channels = std::min(best.tile, p.channels - channel);
+    const int channel = int(tile * code.tile), channels = std::min(code.tile, p.channels - channel);
     for (int tap = 0; tap < p.taps(); ++tap) {
-      for (int k = 0; k < p.learned; ++k, total += best.tile) {
+      for (int k = 0; k < p.learned; ++k, total += code.tile) {
         float* to = result + k * p.result_stride[0] + channel * p.result_stride[1] +
                     tap / p.kernel_w * p.result_stride[2] + tap % p.kernel_w * p.result_stride[3];
         for (int c = 0; c < channels; ++c) to[c * p.result_stride[1]] = total[c];

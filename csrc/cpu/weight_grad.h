@@ -25,17 +25,18 @@ struct Item {
 struct Code {
   const char* name;
   int tile;  // channels that are worked on at once
-  void (*correlate)(const Problem&, const Item&, const float* input, const float* gradient, float* scratch, float* sums);
+  void (*correlate)(const Problem&, const Item&, const float* input, const float* gradient, float* scratch,
+                    float* sums);
   int64_t (*scratch_floats)(const Problem&);
 };
 
-// The best this machine can run.
-const Code& code();
+// Those that this machine can run, the best first; then nullptr.
+const Code* const* codes();
 
 // result[k, c, r, s] = sum over n, p, q of grad_output[n, filters[k], p, q] * input[n, c, p', q'], where
 // p' = p * stride_h + r * dilation_h - padding_h, q' likewise. The order of the sums depends on the sizes alone,
 // not on `threads`.
-void weight_grad(const Problem& p, const float* input, const float* grad_output, const int64_t* filters, float* result,
-                 int threads);
+void weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
+                 const int64_t* filters, float* result, int threads);
 
 }  // namespace rwn::cpu
