@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rwn_ext import cpu, planner
+
 hypothesis.settings.register_profile(
     "rwn_ext", deadline=None, derandomize=True, database=None, print_blob=False, max_examples=60
 )
@@ -91,3 +93,13 @@ def poisoned_memory_and_seed() -> Iterator[None]:
 def no_forced_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RWN_EXT_ALGORITHM", "RWN_EXT_TUNE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def without_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where the package was built without a C++ compiler."""
+    planner._forget()
+    monkeypatch.setattr(cpu, "native", None)
+    yield
+    monkeypatch.undo()
+    planner._forget()
