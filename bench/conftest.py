@@ -6,15 +6,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import machine
 from bench.clock import clock, replay
 from bench.group import Group
-from bench.rates import rates
 from rwn_ext.report import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,11 +56,9 @@ def pytest_collection_finish(session):
 
 def pytest_benchmark_update_machine_info(machine_info):
     """What numbers depend on, and nothing that names the machine."""
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else machine_info["cpu"].get("brand_raw", "unknown CPU")
-    kept = {key: machine_info[key] for key in ("machine", "system", "python_version")}
+    described = machine.described(machine_info, DEVICE, DTYPE)
     machine_info.clear()
-    machine_info.update(kept, device=device, torch=torch.__version__, threads=torch.get_num_threads())
-    machine_info.update(dtype=str(DTYPE).removeprefix("torch."), rates=asdict(rates(DEVICE, DTYPE)))
+    machine_info.update(described)
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
@@ -71,7 +68,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         facts = entry["extra_info"]
         entry.clear()
         entry.update(facts, stats=stats)
-    output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in ("id", "time", "dirty")}
+    output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in machine.COMMIT_FACTS}
 
 
 def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:
