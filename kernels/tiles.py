@@ -63,7 +63,11 @@ def shape(block_channels: int, block_columns: int, operands: Operands, arch: int
     if operands.element_size == 4:
         return Shape(32, block_channels, block_columns, 4, 3, block_columns > 32)
     on_m = not operands.prologue if arch >= 90 else not operands.channels_last
-    return Shape(64, block_channels, block_columns, 8 if tile >= 128 * 128 else 4, 3, on_m)
+    # Two exceptions that keep every value in a register (checked ahead of time).
+    if arch >= 100 and block_channels == block_columns == 64:
+        on_m = False
+    wide = tile >= 128 * 128 or (arch < 90 and operands.prologue and block_columns == 256)
+    return Shape(64, block_channels, block_columns, 8 if wide else 4, 3, on_m)
 
 
 def shipped(operands: Operands, arch: int) -> list[Shape]:
