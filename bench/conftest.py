@@ -25,6 +25,7 @@ _TABLES: dict[str, list[list[str]]] = {}
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="a minute's worth: few layers and rounds")
+    parser.addoption("--tested", action="store_true", help="the tests have just been run, so that they need not be now")
     parser.addoption("--compiled", action="store_true", help="torch.compile too, which takes minutes for each network")
 
 
@@ -45,7 +46,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish(session):
     """Numbers of code that computes something else are worth nothing: none are made while the tests are red."""
-    if session.items and not session.config.option.collectonly:
+    option = session.config.option
+    if session.items and not (option.collectonly or option.tested):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", *TESTS], cwd=Path(__file__).parents[1], capture_output=True,
             text=True,

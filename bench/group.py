@@ -29,6 +29,8 @@ class Group:
     """Parts of `seconds` by name, such as "forward"."""
     kept: Mapping[str, int] = field(default_factory=dict)
     """Bytes kept for backward."""
+    peak: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of GPU memory at the highest."""
     floor: Mapping[str, float] = field(default_factory=dict)
     """Seconds that the device's measured rates allow at best."""
 
@@ -44,6 +46,8 @@ class Group:
             facts["phases"] = {phase: list(ratio(rounds, name, PLAIN)) for phase, rounds in self.phases.items()}
         if name in self.kept:
             facts["kept_bytes"] = self.kept[name]
+        if name in self.peak:
+            facts["peak_bytes"] = self.peak[name]
         if name in self.floor:
             facts["floor_share"] = self.floor[name] / statistics.median(self.seconds[name])
         return facts
