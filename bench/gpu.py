@@ -36,7 +36,7 @@ SECONDS = 480
 # Those that need no package beyond the four; the others run in `make test`.
 TESTS = ("tests/test_kernels_gpu.py", "tests/test_kernels_api.py", "tests/test_compile.py")
 # Tests compile many kernels, which processes do side by side.
-SHARDS = 4
+SHARDS = 8
 NETWORKS = ("wrn-28-10", "resnet-50", "wrn-28-4", "vgg19-bn", "densenet-bc-100-12", "resnet-18")
 PASSED, FAILED, STOPPED = "passed", "FAILED", "stopped"
 
