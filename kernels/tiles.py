@@ -16,6 +16,8 @@ DEPTHS = (1, 2, 4)
 SPLIT_PIXELS = 512
 # Tiles wanted for each multiprocessor, so that one loads while another computes.
 TILES_PER_SM = 2
+# The program that finishes last reads the splits' sums one after another: that is worth a launch while they are few.
+LAST_BLOCK_SPLITS = 4
 # Partial sums may take this much even where the still operand is small.
 WORKSPACE_BYTES = 1 << 20
 
