@@ -13,6 +13,7 @@ Grouped convolutions run as one product a group in the same launch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -299,13 +300,19 @@ def _depthwise(
     partials = torch.empty(block.splits * learned * r * s, dtype=torch.float32, device=input.device)
     scale, shift = affine or (input, input)
     fastest = input.stride(1) != 1
+    grad_strides, input_strides = _nhwc(grad_output), _nhwc(input)
+    unit = 1
+    if pairs is None and grad_strides[3] == input_strides[3] == 1:
+        unit = math.gcd(learned, 8, *grad_strides[:3], *input_strides[:3])
+    in_units = [stride // unit for stride in grad_strides[:3]], [stride // unit for stride in input_strides[:3]]
     depthwise_kernel[
         (triton.cdiv(learned, block.block_channels), triton.cdiv(r * s, tiles.TAPS), block.splits)
     ](
         grad_output, input, _or(pairs and pairs[0], input), _or(pairs and pairs[1], input), scale, shift, partials,
-        pixels, block.split_pixels, p * q, q, learned, input.size(2), input.size(3),
-        *geometry.stride, *geometry.padding, *geometry.dilation, *_nhwc(grad_output), *_nhwc(input),
-        R=r, S=s, BLOCK_TAPS=tiles.TAPS, BLOCK_PIXELS=block.block_pixels, BLOCK_CHANNELS=block.block_channels,
+        pixels, block.split_pixels, p * q, q, learned // unit, input.size(2), input.size(3),
+        *geometry.stride, *geometry.padding, *geometry.dilation, *in_units[0], grad_strides[3], *in_units[1],
+        input_strides[3],
+        R=r, S=s, UNIT=unit, BLOCK_TAPS=tiles.TAPS, BLOCK_PIXELS=block.block_pixels, BLOCK_CHANNELS=block.block_channels,
         PIXELS_FASTEST=fastest, HAS_INDEX=pairs is not None, PROLOGUE=affine is not None, num_warps=4,
         **_fusion(affine),
     )  # fmt: skip

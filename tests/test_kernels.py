@@ -113,6 +113,7 @@ CASES = [
     Case("pointwise", 2, 24, 7, 5, 12, (1, 1), (1, 2, 4, 9), stride=(2, 1), groups=4),
     Case("depthwise", 2, 6, 9, 7, 6, (3, 3), (2, 5), padding=(1, 1), groups=6),
     Case("depthwise", 2, 6, 9, 7, 6, (5, 5), (0, 1, 3, 5), stride=(2, 1), padding=(2, 1), groups=6),
+    Case("depthwise", 2, 24, 9, 7, 24, (3, 3), (8, 16), padding=(1, 1), groups=24),
     Case("depthwise", 2, 20, 9, 7, 40, (3, 2), (1, 38), dilation=(2, 3), padding=(2, 4), groups=20),
 ]
 
