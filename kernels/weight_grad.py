@@ -311,8 +311,8 @@ def _depthwise(
         grad_output, input, _or(pairs and pairs[0], input), _or(pairs and pairs[1], input), scale, shift, partials,
         pixels, block.split_pixels, p * q, q, learned // unit, input.size(2), input.size(3),
         *geometry.stride, *geometry.padding, *geometry.dilation, *in_units[0], grad_strides[3], *in_units[1],
-        input_strides[3],
-        R=r, S=s, UNIT=unit, BLOCK_TAPS=tiles.TAPS, BLOCK_PIXELS=block.block_pixels, BLOCK_CHANNELS=block.block_channels,
+        input_strides[3], R=r, S=s, UNIT=unit,
+        BLOCK_TAPS=tiles.TAPS, BLOCK_PIXELS=block.block_pixels, BLOCK_CHANNELS=block.block_channels,
         PIXELS_FASTEST=fastest, HAS_INDEX=pairs is not None, PROLOGUE=affine is not None, num_warps=4,
         **_fusion(affine),
     )  # fmt: skip
