@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rwn_ext import cpu, planner
 
-hypothesis.settings.register_profile(
-    "rwn_ext", deadline=None, derandomize=True, database=None, print_blob=False, max_examples=60
-)
-hypothesis.settings.load_profile("rwn_ext")
+# `make gpu` does without it, and without the tests that need it.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile(
+        "rwn_ext", deadline=None, derandomize=True, database=None, print_blob=False, max_examples=60
+    )
+    settings.load_profile("rwn_ext")
 
 # On tensors this small threads only wait for each other.
 torch.set_num_threads(1)
@@ -29,6 +33,16 @@ if not torch.cuda.is_available():
 DEVICES = [pytest.param("cpu", id="cpu")]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="every N-th test from the I-th on, for N processes side by side")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.shard:
+        first, count = map(int, config.option.shard.split("/"))
+        items[:] = items[first::count]
 
 
 def dense(conv: nn.Conv2d, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
