@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from rwn_ext.modules import PartialConv2d
+from rwn_ext.partial_layer import PartialLayer
 
 VERSION = 1
 INITS = ("uniform", "normal")
@@ -48,13 +48,15 @@ def draw_(model: nn.Module, seed: int, *, init: str = "uniform", layers: Iterabl
     """
     wanted = None if layers is None else set(layers)
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.Linear, PartialConv2d)) or (wanted is not None and name not in wanted):
+        if not isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Linear, PartialLayer)) or (
+            wanted is not None and name not in wanted
+        ):
             continue
         prefix = f"{name}." if name else ""
         shape = module.weight.shape
         weight = draw(seed, prefix + "weight", shape, init=init)
         bias = None if module.bias is None else draw(seed, prefix + "bias", shape[:1], weight_shape=shape, init=init)
-        if isinstance(module, PartialConv2d):
+        if isinstance(module, PartialLayer):
             module.set_initial_(weight, bias)
             continue
         with torch.no_grad():
@@ -72,8 +74,8 @@ def draw(
         raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(INITS)}")
     weight_shape = tuple(shape) if weight_shape is None else tuple(weight_shape)
     count = math.prod(shape)
-    if init == "normal" and len(shape) == 4:
-        std = math.sqrt(2 / (weight_shape[0] * weight_shape[2] * weight_shape[3]))
+    if init == "normal" and len(shape) > 2:
+        std = math.sqrt(2 / (weight_shape[0] * math.prod(weight_shape[2:])))
         return _fill(seed, name, count, lambda words: _normal(words) * std).view(shape)
     bound = 1 / math.sqrt(math.prod(weight_shape[1:]))
     return _fill(seed, name, count, lambda words: ((words + 0.5) * 2.0**-31 - 1) * bound).view(shape)

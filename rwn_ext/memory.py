@@ -16,7 +16,7 @@ from rwn_ext.lean import block, pooling, undo_lean
 from rwn_ext.lean.activations import activation_of
 from rwn_ext.lean.rewrite import IN_BLOCK, label, lean_graph
 from rwn_ext.lean.tracing import CannotTrace, lent_forward, trace
-from rwn_ext.modules import PartialConv2d
+from rwn_ext.partial_layer import PartialLayer
 from rwn_ext.subsets import run_length
 
 
@@ -238,7 +238,7 @@ class _Accountant(fx.Interpreter):
             size = self._minimum_of_block(*args, **kwargs)
         elif n.target in (pooling.pool, pooling.max_pool2d) and result.requires_grad:
             size = result.numel() if n.target is pooling.max_pool2d or isinstance(args[1], nn.MaxPool2d) else 0
-        elif isinstance(module, (nn.Conv2d, PartialConv2d, nn.Linear)):
+        elif isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Linear, PartialLayer)):
             size = int(_seen_share(module) * args[0].nbytes)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and result.requires_grad:
             size = args[0].nbytes
@@ -275,7 +275,7 @@ class _Accountant(fx.Interpreter):
 
 def _seen_share(layer: nn.Module) -> float:
     """The share of its input that the learned weights of a convolution or linear layer see."""
-    if isinstance(layer, PartialConv2d):
+    if isinstance(layer, PartialLayer):
         learned = layer.weight_trainable is not None and layer.weight_trainable.requires_grad
-        return run_length(layer.partition.seen) / layer.in_channels if learned else 0.0
+        return run_length(layer.partition.seen) / layer.partition.in_channels if learned else 0.0
     return float(layer.weight.requires_grad)

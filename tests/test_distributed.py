@@ -122,6 +122,29 @@ def ddp_gradients_are_those_of_one_process(folder: Path) -> None:
 
 
 @check
+def ddp_all_reduces_the_learned_rows_of_linear_layers(folder: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(3)
+        plain = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+        return convert(plain, {"0": [1, 7], "2": 1.0}, linear=True).double()
+
+    x, counted = torch.randn(8, 6, generator=torch.Generator().manual_seed(5)).double(), []
+
+    def count(_, bucket):
+        counted.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)
+
+    ours, alone = model(), model()
+    ddp = DistributedDataParallel(ours)
+    ddp.register_comm_hook(None, count)
+    ddp(x[dist.get_rank() :: dist.get_world_size()]).square().mean().backward()
+    alone(x).square().mean().backward()
+    assert sum(counted) == 8 * (2 * 6 + 2 + 10 * 4 + 4)
+    for one, other in zip(learned(ours), learned(alone), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+
+
+@check
 def ddp_needs_no_search_for_unused_parameters(folder: Path) -> None:
     model = convert(network(), {"*": 0, "3": 1})
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
