@@ -171,6 +171,9 @@ def trained(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 @needs_compiler
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
+@pytest.mark.works_with(
+    "`torch.compile(fullgraph=True)` in training, under autocast too; batches of all sizes need two compilations"
+)
 def test_inductor_trains_a_network_and_compiles_for_two_sizes(amp: bool, device: str):
     eager = network(device)
     model = copy.deepcopy(eager)
@@ -209,6 +212,7 @@ def test_whole_models_are_one_graph_in_training(frozen: str, lean: bool, device:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.works_with("`torch.export` with a dynamic batch")
 def test_a_trained_model_is_exported_with_a_dynamic_batch(choice: str, device: str):
     model = nn.Sequential(layer_of(CHOICES[choice], device=device), nn.BatchNorm2d(12), nn.ReLU()).double()
     example = integers(2, 4, 7, 8, device=device)

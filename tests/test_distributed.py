@@ -168,6 +168,19 @@ def ddp_follows_a_switch_of_the_same_size_and_refuses_another(folder: Path) -> N
 
 
 @check
+def ddp_gives_unfrozen_fixed_parts_gradients_of_zero(folder: Path) -> None:
+    """A limit: it does not let them stay without one, so weight decay moves them; made before, it leaves them alone."""
+    model = partial()
+    before = DistributedDataParallel(model)
+    model.requires_grad_(True)
+    backward(before)
+    assert model[3].weight_frozen.grad is None
+    del before
+    backward(DistributedDataParallel(model))
+    assert torch.equal(model[3].weight_frozen.grad, torch.zeros_like(model[3].weight_frozen))
+
+
+@check
 def synchronised_batch_norm_leaves_the_layers(folder: Path) -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(partial())
     assert isinstance(model[2], nn.SyncBatchNorm) and isinstance(model[3], PartialConv2d)
@@ -350,12 +363,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.works_with(
+    "DistributedDataParallel, which sends the learned part alone and needs no `find_unused_parameters`"
+)
+@pytest.mark.works_with(
+    "FSDP2 (`fully_shard`), also in bfloat16; `merge_state_dict` and `split_state_dict` convert its state"
+)
+@pytest.mark.works_with("SyncBatchNorm")
+@pytest.mark.does_not(
+    "switch the subset of a layer that is sharded (FSDP2), nor load a whole `weight` into it: `split_state_dict`"
+)
+@pytest.mark.does_not("keep a DistributedDataParallel over a switch to another size: delete it and wrap anew")
+@pytest.mark.does_not(
+    "stay fixed in a DistributedDataParallel made after `requires_grad_(True)`: zero gradients, but weight decay"
+)
 def test_two_processes(name: str, folder: Path):
     for rank in (0, 1):
         results = pickle.loads((folder / f"results{rank}").read_bytes())
         assert results[name] == "", f"rank {rank}: {results[name]}"
 
 
+@pytest.mark.works_with("distributed checkpoints, across world sizes and into a model that is not sharded")
 def test_one_process_loads_what_two_have_saved(folder: Path):
     """It equals one process that has gone on by itself."""
     expected = partial()

@@ -410,6 +410,7 @@ def log_of(folder: Path) -> list[dict]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
+@pytest.mark.works_with("torchrun: a run of which a process was killed resumes bit for bit (on a CPU)")
 def test_two_processes_of_which_one_is_killed_resume_bit_for_bit(tmp_path):
     """An epoch has three steps; the second process dies in the middle of the second epoch."""
     arguments = [*QUICK, "--device", "cpu", "--epochs", "2"]
