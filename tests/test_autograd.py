@@ -334,3 +334,34 @@ def test_unfreezing_a_whole_model_lets_fixed_parts_stay_without_gradient(choice:
     optimizer.step()
     for name, parameter in layer.named_parameters():
         assert ("trainable" in name) == (parameter.grad is not None) == (not torch.equal(parameter, before[name]))
+
+
+SCATTERED = {"trainable": [0, 2, 5], "trainable_inputs": [0, 3]}
+
+
+def two_steps(layer: PartialConv2d, x: torch.Tensor, between) -> None:
+    for step in range(2):
+        output = layer(x)
+        output.backward(torch.ones_like(output))
+        if step == 0:
+            between()
+
+
+def test_index_tensors_are_made_once(monkeypatch: pytest.MonkeyPatch):
+    """Each would be a copy from the host to the device."""
+    monkeypatch.setattr(ops, "_INDICES", {})
+    layer, x = PartialConv2d(4, 6, 3, **SCATTERED), torch.randn(2, 4, 7, 7, requires_grad=True)
+    known = []
+    two_steps(layer, x, lambda: known.extend(ops._INDICES.values()))
+    assert known and list(map(id, ops._INDICES.values())) == list(map(id, known))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+def test_a_step_never_waits_for_the_gpu():
+    layer = PartialConv2d(4, 6, 3, device="cuda", **SCATTERED)
+    x = torch.randn(2, 4, 7, 7, device="cuda", requires_grad=True)
+    try:
+        two_steps(layer, x, lambda: torch.cuda.set_sync_debug_mode("error"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
