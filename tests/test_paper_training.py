@@ -111,8 +111,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, images, options):
 def test_resuming_restores_the_subsets(tmp_path, images):
     first = Run(config(tmp_path), images)
     first.model.conv1.set_trainable_([0, 5])
-    first.config.out.mkdir(parents=True)
-    first._save()
+    first.save()
     again = Run(config(tmp_path), images, resume=True)
     assert again.model.conv1.filters.indices == (0, 5)
     assert_same(again.model.state_dict(), first.model.state_dict())
@@ -270,16 +269,14 @@ def test_diverging_run_stops_and_keeps_its_last_checkpoint(tmp_path, images):
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path, images, change, message):
     run = Run(config(tmp_path), images)
-    run.config.out.mkdir(parents=True)
-    run._save()
+    run.save()
     with pytest.raises(ValueError, match=message):
         Run(config(tmp_path, **change), images, resume=True)
 
 
 def test_one_filter_is_not_all_of_them(tmp_path, images):
     run = Run(config(tmp_path, part=1), images)
-    run.config.out.mkdir(parents=True)
-    run._save()
+    run.save()
     with pytest.raises(ValueError, match=r"part=1 there, 1\.0 here"):
         Run(config(tmp_path, part=1.0), images, resume=True)
 
@@ -327,8 +324,7 @@ class Hostile:
 def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, images, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run(config(tmp_path), images)
-    run.config.out.mkdir(parents=True)
-    run._save()
+    run.save()
     path = run.config.out / CHECKPOINT
     path.write_bytes(path.read_bytes()[:-200] if content == "truncated" else content)
     with pytest.raises(ValueError, match="no checkpoint that can be read") as refusal:

@@ -78,6 +78,35 @@ def load(folder: str | Path | None, *, image_size: int | None = None) -> ImageSe
     )
 
 
+def split_classes(images: ImageSet, tasks: int) -> list[ImageSet]:
+    """As many image sets, each of consecutive classes, numbered anew from 0. The first may have one more."""
+    if not 2 <= tasks <= images.num_classes // 2:
+        raise ValueError(f"split={tasks} must leave each of 2 or more tasks 2 of the {images.num_classes} classes")
+    classes = torch.arange(images.num_classes).tensor_split(tasks)
+
+    def chosen(split: Split, first: int, last: int) -> Split:
+        rows = ((split.labels >= first) & (split.labels <= last)).nonzero().flatten()
+        return Split(split.images[rows], split.labels[rows] - first)
+
+    return [
+        replace(
+            images, name=f"{images.name}-{first}-{last}", num_classes=last - first + 1,
+            train=chosen(images.train, first, last), test=chosen(images.test, first, last),
+        )
+        for first, last in ((int(group[0]), int(group[-1])) for group in classes)
+    ]  # fmt: skip
+
+
+def rotated(images: ImageSet, quarters: int) -> ImageSet:
+    """The same images turned by 90 degrees, counterclockwise, this many times."""
+
+    def turned(split: Split) -> Split:
+        return Split(split.images.rot90(quarters, (2, 3)).contiguous(), split.labels)
+
+    name = f"{images.name}-{90 * quarters}deg"
+    return replace(images, name=name, train=turned(images.train), test=turned(images.test))
+
+
 def batches(
     split: Split,
     batch_size: int,

@@ -94,10 +94,7 @@ class Run:
         self.images = images.to(self.device)
         start = None if config.start is None else read_checkpoint(config.start / CHECKPOINT)["model"]
         self.identity = config.identity(images) | ({} if start is None else {"start": _hash(start)})
-        self.model = networks.build(
-            config.net, images.num_classes, config.part, config.frozen, config.only, config.bn, config.dropout,
-            config.seed, dim=config.dim, select=config.select, gamma=config.gamma, start=start,
-        )  # fmt: skip
+        self.model = self.network(config.seed, start)
         self.history: list[dict[str, Any]] = []
         state = self._checkpoint(resume)
         if state is not None:
@@ -119,6 +116,14 @@ class Run:
     def best(self) -> float:
         """The highest test accuracy so far: the number the paper reports."""
         return max((record["test_accuracy"] for record in self.history), default=0.0)
+
+    def network(self, seed: int, start: Mapping[str, Tensor] | None = None) -> networks.Network:
+        """A network of this run's kind."""
+        config = self.config
+        return networks.build(
+            config.net, self.images.num_classes, config.part, config.frozen, config.only, config.bn, config.dropout,
+            seed, dim=config.dim, select=config.select, gamma=config.gamma, start=start,
+        )  # fmt: skip
 
     @property
     def learned_weights(self) -> int:
@@ -156,7 +161,7 @@ class Run:
             }  # fmt: skip
             self.history.append(record)
             if self.ranks.first:
-                self._save()
+                self.save()
                 self._write_log()
                 watcher.epoch(record)
             yield record
@@ -216,6 +221,16 @@ class Run:
                 logits = self.model(self._prepare(images))
             correct += (logits.argmax(1) == labels).sum()
         return 100 * self.ranks.sum(correct).item() / len(test)
+
+    @torch.no_grad()
+    def probabilities(self) -> Tensor:
+        """The model's softmax of every test image, (N, classes)."""
+        self.model.eval()
+        parts = []
+        for images, _ in data.batches(self.images.test, self.config.schedule.batch_size):
+            with self._autocast():
+                parts.append(self.model(self._prepare(images)).float().softmax(1))
+        return torch.cat(parts)
 
     def _prepare(self, images: Tensor) -> Tensor:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
@@ -292,7 +307,9 @@ class Run:
             path = self.config.out / CHECKPOINT
             raise ValueError(f"{path} is no checkpoint of this run ({reason}); give another --out") from None
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        self.config.out.mkdir(parents=True, exist_ok=True)
         state = {
             "identity": self.identity,
             "subsets": subsets(self.model),
@@ -301,12 +318,12 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "history": self.history,
         }
-        with _replacing(self.config.out / CHECKPOINT) as path:
+        with replacing(self.config.out / CHECKPOINT) as path:
             torch.save(state, path)
 
     def _write_log(self) -> None:
         """The whole log from the history, so that it never says more or less than the checkpoint."""
-        with _replacing(self.config.out / LOG) as path:
+        with replacing(self.config.out / LOG) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
 
 
@@ -385,7 +402,7 @@ class Ranks:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A path to write to that takes the place of `target` once all is written and on disk."""
     path = target.with_name(target.name + ".part")
     yield path
