@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rwn_ext.paper import data, networks
 from rwn_ext.paper.networks import NAMES
 from rwn_ext.paper.schedules import Schedule, schedule_of
-from rwn_ext.paper.training import AMP_DTYPES, CHECKPOINT, OPTIMIZERS, Config, Diverged, Run, read_checkpoint
+from rwn_ext.paper.training import AMP_DTYPES, CHECKPOINT, OPTIMIZERS, Config, Diverged, Ranks, Run, read_checkpoint
 from rwn_ext.subsets import POLICIES, parse
 
 
@@ -38,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", type=Path, metavar="FOLDER", help=DATA)
     train.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of the run in this folder")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument(
+        "--compare", action="store_true", help="train a twin in plain nn.Conv2d beside it and print the ratio of times"
+    )
     ensemble = programs.add_parser("ensemble", help="networks from one start, averaged", description=_ensemble.__doc__)
     ensemble.set_defaults(program=_ensemble, needs=("rich", "safetensors"))
     _add_run_flags(ensemble)
@@ -131,6 +134,9 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision")
     where.add_argument("--channels-last", action="store_true", help="NHWC, the faster layout on most machines")
     where.add_argument("--compile", action="store_true", help="torch.compile the network")
+    where.add_argument(
+        "--graph", action="store_true", help="capture steps in CUDA graphs: nothing but kernels; a CPU trains the same"
+    )
     where.add_argument("--out", type=Path, metavar="FOLDER", help="of all that is written (default: in runs/)")
 
 
@@ -146,9 +152,12 @@ def _train(options: argparse.Namespace) -> int:
 
     Every epoch ends with a line in log.jsonl and a checkpoint, from which --resume continues.
     """
+    from rwn_ext.paper.comparison import compare
     from rwn_ext.paper.progress import train_with_progress
 
     def prepare() -> Run:
+        if options.compare and Ranks().size > 1:
+            raise ValueError("compare takes turns on one device; start it without torchrun")
         config = replace(_config(options), start=options.start)
         images = data.load(options.data, image_size=options.image_size)
         return Run(replace(config, out=options.out or _folder(config, images.name)), images, resume=options.resume)
@@ -156,7 +165,7 @@ def _train(options: argparse.Namespace) -> int:
     def way_on(run: Run) -> str:
         return "--resume continues after the last whole epoch" if run.history else "no epoch was done; start again"
 
-    return _run(prepare, train_with_progress, way_on)
+    return _run(prepare, compare if options.compare else train_with_progress, way_on)
 
 
 def _ensemble(options: argparse.Namespace) -> int:
@@ -224,7 +233,8 @@ def _config(options: argparse.Namespace) -> Config:
         net=options.net, schedule=_schedule(options), part=options.part, frozen=options.frozen, only=options.only,
         bn=options.bn, dropout=options.dropout, seed=options.seed, dim=options.dim, select=options.select,
         gamma=options.gamma, optimizer=options.optimizer, amp=options.amp,
-        channels_last=options.channels_last, compile=options.compile, device=_device(options.device),
+        channels_last=options.channels_last, compile=options.compile, graph=options.graph,
+        device=_device(options.device),
     )  # fmt: skip
 
 

@@ -98,7 +98,8 @@ class Experiment:
         save_compact(run.model, path, **source)
         full = _bytes(run.model.state_dict())
         # What is told is what the file holds: another network of the kind is filled from it.
-        run.model = load_compact(run.network(run.config.seed + 1), path, base=source.get("base")).to(run.device)
+        run.model = run.network(run.config.seed + 1)
+        load_compact(run.model, path, base=source.get("base")).to(run.device)
         probabilities = run.probabilities()
         row = {
             "name": branch.name, "learned_weights": run.learned_weights, "stored_bytes": path.stat().st_size,
