@@ -574,3 +574,16 @@ def test_version_and_help_need_no_extra(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "train" in done.stdout and "demo" in done.stdout
+
+
+def test_images_too_large_for_the_device_stay_where_they_are(tmp_path, images, monkeypatch):
+    """As on a GPU whose memory is too small: rows are moved batch by batch, and the numbers are the same."""
+    run = Run(config(tmp_path / "all"), images)
+    run.train(Watcher())
+    moved = []
+    monkeypatch.setattr("rwn_ext.paper.training._fits", lambda images, device: False)
+    monkeypatch.setattr(data.Split, "to", lambda self, device: moved.append(self))
+    lean = Run(config(tmp_path / "rows"), images)
+    lean.train(Watcher())
+    assert not moved and lean.images.train is images.train
+    assert without_seconds(run.history) == without_seconds(lean.history)

@@ -94,7 +94,9 @@ class Run:
         self.config, self.ranks = config, Ranks()
         _check(config, self.ranks)
         self.device = torch.device(self.ranks.local_device(config.device))
-        self.images = images.to(self.device)
+        self.images = images.to(self.device) if _fits(images, self.device) else images
+        if config.graph and self.images.train.images.device.type != self.device.type:
+            raise ValueError(f"graph: the images of {images.name} do not fit on {self.device}; leave it out")
         start = None if config.start is None else read_checkpoint(config.start / CHECKPOINT)["model"]
         self.identity = config.identity(images) | ({} if start is None else {"start": _hash(start)})
         self.model = self.network(config.seed, start)
@@ -216,7 +218,9 @@ class Run:
         return self._captured_learn
 
     def _rows(self, split: data.Split, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return split.images.index_select(0, rows), split.labels.index_select(0, rows)
+        """On the device, also of a set that is too large for it."""
+        images, labels = split.images.index_select(0, rows), split.labels.index_select(0, rows)
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def step(self, learner: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step of SGD on uint8 images (N, 3, H, W); the loss and the logits before it."""
@@ -356,6 +360,14 @@ class Run:
         """The whole log from the history, so that it never says more or less than the checkpoint."""
         with replacing(self.config.out / LOG) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+
+
+def _fits(images: data.ImageSet, device: torch.device) -> bool:
+    """Whether the images may take their place on the device: half of what is free there at most."""
+    if device.type != "cuda":
+        return True
+    total = sum(split.images.numel() for split in (images.train, images.test))
+    return total <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
