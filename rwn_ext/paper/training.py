@@ -98,7 +98,7 @@ class Run:
         if config.graph and self.images.train.images.device.type != self.device.type:
             raise ValueError(f"graph: the images of {images.name} do not fit on {self.device}; leave it out")
         start = None if config.start is None else read_checkpoint(config.start / CHECKPOINT)["model"]
-        self.identity = config.identity(images) | ({} if start is None else {"start": _hash(start)})
+        self.identity = config.identity(images) | {"start": None if start is None else _hash(start)}
         self.model = self.network(config.seed, start)
         self.history: list[dict[str, Any]] = []
         state = self._checkpoint(resume)
@@ -296,9 +296,12 @@ class Run:
         if not path.exists():
             raise ValueError(f"{path} does not exist: there is nothing to resume; leave --resume out to start")
         state = read_checkpoint(path)
+        identity = _LATER | state["identity"]
+        if not identity.pop("learn_bn", True):
+            identity["bn"] = "frozen"
         for key, value in self.identity.items():
-            # repr: 1 filter and all of them, 1.0, are equal to Python. Older checkpoints lack the later choices.
-            there = state["identity"].get(key, _LATER.get(key))
+            # repr: 1 filter and all of them, 1.0, are equal to Python.
+            there = identity.get(key)
             if repr(there) != repr(value):
                 raise ValueError(
                     f"{path} is of another run: {key}={there!r} there, {value!r} here; "
@@ -324,8 +327,14 @@ class Run:
         moments = ("exp_avg", "exp_avg_sq") if self.config.optimizer == "adam" else ("momentum_buffer",)
         kept = self.config.optimizer == "adam" or self.config.schedule.momentum
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            if any(group[key] != value for key, value in settings.items()):
+            if any(group[key] != value for key, value in settings.items() if key != "capturable"):
                 raise ValueError("its optimizer has other settings")
+            if "capturable" in settings:
+                # The checkpoint may be of a run that was captured, or not.
+                group["capturable"] = settings["capturable"]
+                device = self.device if group["capturable"] else "cpu"
+                for moments_of in self.optimizer.state.values():
+                    moments_of["step"] = moments_of["step"].to(device)
             for parameter in group["params"] if kept and self.history else ():
                 for moment in moments:
                     if self.optimizer.state[parameter][moment].shape != parameter.shape:
@@ -386,7 +395,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 # Settings of an optimizer that a run decides; what older checkpoints do not say because there was one choice alone.
-_SETTINGS = ("momentum", "weight_decay", "betas")
+_SETTINGS = ("momentum", "weight_decay", "betas", "capturable")
 _LATER = {"bn": "learned", "dim": 0, "select": "last", "gamma": "ones", "optimizer": "sgd"}
 
 
