@@ -116,7 +116,7 @@ def _sweep(options: argparse.Namespace) -> int:
     failed = []
 
     def prepare() -> Sweep:
-        return Sweep(options.file, out, jobs=options.jobs, budget_epochs=options.budget_epochs, data=options.data)
+        return Sweep.of_file(options.file, out, jobs=options.jobs, budget_epochs=options.budget_epochs, data=options.data)
 
     def run(sweep: Sweep) -> None:
         failed.append(sweep.run())
