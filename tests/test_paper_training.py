@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from rwn_ext import PartialConv2d, subsets
 from rwn_ext.paper import data
 from rwn_ext.paper.__main__ import main
+from rwn_ext.paper.magnitudes import magnitudes, means
 from rwn_ext.paper.schedules import Schedule, schedule_of
 from rwn_ext.paper.training import CHECKPOINT, LOG, Config, Run
 
@@ -148,6 +150,87 @@ def test_step_is_sgd_on_the_normalized_batch(tmp_path, images):
     torch.testing.assert_close(dict(run.model.named_parameters()), dict(twin.named_parameters()), rtol=1e-4, atol=1e-5)
 
 
+def test_adam_run_is_adam_and_resumes(tmp_path, images):
+    options = {"optimizer": "adam", "schedule": replace(SCHEDULE, lr=0.01, epochs=2)}
+    whole = Run(config(tmp_path / "whole", **options), images)
+    whole.train(Watcher())
+    assert isinstance(whole.optimizer, torch.optim.Adam)
+    first = config(tmp_path / "broken", **options | {"schedule": replace(SCHEDULE, lr=0.01, epochs=1)})
+    Run(first, images).train(Watcher())
+    Run(config(tmp_path / "broken", **options), images, resume=True).train(Watcher())
+    left, right = state_of(whole.config.out), state_of(first.out)
+    assert_same(left["model"], right["model"])
+    with pytest.raises(ValueError, match="optimizer='adam' there, 'sgd' here"):
+        Run(config(tmp_path / "broken", schedule=replace(SCHEDULE, lr=0.01)), images, resume=True)
+
+
+def test_run_begins_with_anothers_weights(tmp_path, images):
+    first = Run(config(tmp_path / "first", part=None), images)
+    first.train(Watcher())
+    options = {"part": None, "only": "block2", "start": first.config.out, "seed": 5}
+    second = Run(config(tmp_path / "second", **options), images)
+    before = {key: value.clone() for key, value in second.model.state_dict().items()}
+    assert_same(before, dict(first.model.state_dict()))
+    second.train(Watcher())
+    changed = {key for key, value in second.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {key.split(".")[0] for key in changed if "bn" not in key} == {"block2"}
+    Run(config(tmp_path / "second", **options), images, resume=True)
+    state = state_of(first.config.out)
+    state["model"]["fc.bias"] += 1
+    torch.save(state, first.config.out / CHECKPOINT)
+    with pytest.raises(ValueError, match="start="):
+        Run(config(tmp_path / "second", **options), images, resume=True)
+    with pytest.raises(ValueError, match="nowhere"):
+        Run(config(tmp_path / "third", start=tmp_path / "nowhere"), images)
+
+
+def test_checkpoints_of_before_the_later_choices_resume(tmp_path, images):
+    Run(config(tmp_path, schedule=replace(SCHEDULE, epochs=1)), images).train(Watcher())
+    path = tmp_path / "run" / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    for key in ("dim", "select", "gamma", "optimizer", "bn"):
+        del state["identity"][key]
+    torch.save(state, path)
+    assert len(Run(config(tmp_path), images, resume=True).history) == 1
+    with pytest.raises(ValueError, match="dim=0 there, 1 here"):
+        Run(config(tmp_path, dim=1), images, resume=True)
+
+
+def test_records_say_how_much_is_learned_and_how_large_it_is(tmp_path, images):
+    run = Run(config(tmp_path), images)
+    run.train(Watcher())
+    assert {record["learned_weights"] for record in run.history} == {run.learned_weights}
+    fixed, learned = [], []
+    for module in run.model.modules():
+        if isinstance(module, PartialConv2d):
+            fixed.append(module.weight_frozen.detach().flatten(1).square().mean(1).sqrt())
+            learned.append(module.weight_trainable.detach().flatten(1).square().mean(1).sqrt())
+    last = run.history[-1]["magnitudes"]
+    assert last["fixed"] == pytest.approx(torch.cat(fixed).mean().item(), rel=1e-5)
+    assert last["learned"] == pytest.approx(torch.cat(learned).mean().item(), rel=1e-5)
+    assert run.history[0]["magnitudes"]["fixed"] == last["fixed"]
+    assert run.history[0]["magnitudes"]["learned"] != last["learned"]
+
+
+@pytest.mark.parametrize("options", [{"part": None}, {"dim": 1}, {"dim": 2}, {"only": "block1", "part": None}], ids=str)
+def test_magnitudes_of_every_kind_of_part(tmp_path, images, options):
+    run = Run(config(tmp_path, **options), images)
+    found = magnitudes(run.model.state_dict(), subsets(run.model))
+    layer = found["block1.0.conv2"]
+    sizes = {"fixed": len(layer["fixed"]), "learned": len(layer["learned"])}
+    assert sizes == {"fixed": 16 if "dim" in options else 0, "learned": 16}
+    other = found["block2.0.conv2"]
+    assert len(other["learned"]) == (0 if options.get("only") else 32)
+    weight = run.model.block1[0].conv2
+    if options.get("dim") == 1:
+        expected = weight.weight_trainable.detach().square().mean((1, 2, 3)).sqrt()
+        torch.testing.assert_close(layer["learned"], expected)
+        torch.testing.assert_close(layer["fixed"], weight.weight[:, :12].detach().square().mean((1, 2, 3)).sqrt())
+    elif options.get("dim") == 2:
+        torch.testing.assert_close(layer["fixed"], weight.weight_frozen.square().mean((1, 2, 3)).sqrt())
+    assert (means(found)["fixed"] is None) == (options == {"part": None})
+
+
 def test_learning_rate_follows_the_schedule(tmp_path, images):
     run = Run(config(tmp_path), images)
     rates = [run.optimizer.param_groups[0]["lr"] for _ in run.epochs(Watcher())]
@@ -274,6 +357,8 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, images, content, 
         (["--net", "wrn-10-1", "--device", "meta"], "device='meta'"),
         (["--net", "wrn-10-1", "--seed", "99999999999999"], "seed=99999999999999"),
         (["--net", "wrn-10-1", "--out", "/dev/null/x"], "no folder that can be written to"),
+        (["--net", "wrn-10-1", "--dim", "1"], "dim=1 needs"),
+        (["--net", "wrn-10-1", "--start", "nowhere"], "no checkpoint"),
         (["--net", "wrn-10-1", "--only", "nothing", "--part", "0.1"], "only='nothing' has no convolution"),
         (["--net", "wrn-10-1", "--only", "fc", "--part", "1"], "only='fc' has no convolution"),
         (["--net", "wrn-99999999999999994-1"], "there is no network"),

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rwn_ext.paper import data
+from rwn_ext.paper import data, networks
 from rwn_ext.paper.networks import NAMES
 from rwn_ext.paper.schedules import Schedule, schedule_of
-from rwn_ext.paper.training import AMP_DTYPES, Config, Diverged, Run
-from rwn_ext.subsets import parse
+from rwn_ext.paper.training import AMP_DTYPES, OPTIMIZERS, Config, Diverged, Run
+from rwn_ext.subsets import POLICIES, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,14 +39,30 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--part", type=_part, help="of every convolution: 0.1 a fraction, 1 one filter, 1.0 all (default)"
     )
-    what.add_argument("--frozen", choices=("random", "zero"), default="random", help="values of what is not learned")
-    what.add_argument("--only", help="learn one part of the network: conv1, block1, ..., fc, or nothing (BN alone)")
-    what.add_argument("--bn", choices=("learned", "frozen"), default="learned", help="gamma and beta of BatchNorm")
+    what.add_argument(
+        "--frozen", choices=networks.FROZEN, default="random",
+        help="values of what is not learned: the network's own random ones (default), zero, or other random ones",
+    )  # fmt: skip
+    what.add_argument(
+        "--only",
+        help="learn one part of the network: conv1, block1, ..., fc, several (conv1+fc), or nothing (BN alone)",
+    )
+    what.add_argument(
+        "--dim", type=int, choices=range(4), default=0,
+        help="along which --part chooses: 0 filters (default), 1 input channels, 2 rows or 3 columns of the kernel",
+    )  # fmt: skip
+    what.add_argument("--select", choices=POLICIES, default="last", help="which of them: the last (default), ...")
+    what.add_argument(
+        "--bn", choices=networks.BN, default="learned", help="gamma and beta of BatchNorm; none: networks without it"
+    )
+    what.add_argument("--gamma", choices=networks.GAMMA, default="ones", help="of BatchNorm, to begin with")
     what.add_argument("--dropout", type=float, help="of wide residual networks (default: the paper's)")
+    what.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of the run in this folder")
     how = train.add_argument_group("schedule (default: the paper's for the network)")
     how.add_argument("--epochs", type=int)
     how.add_argument("--batch-size", type=int, help="over all processes")
     how.add_argument("--lr", type=float)
+    how.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="adam has --lr 0.001 unless given")
     how.add_argument("--momentum", type=float)
     how.add_argument("--weight-decay", type=float)
     how.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help="epochs after which the rate drops")
@@ -96,7 +112,8 @@ def _train(options: argparse.Namespace) -> int:
     def prepare() -> Run:
         config = Config(
             net=options.net, schedule=_schedule(options), part=options.part, frozen=options.frozen, only=options.only,
-            learn_bn=options.bn == "learned", dropout=options.dropout, seed=options.seed, amp=options.amp,
+            bn=options.bn, dropout=options.dropout, seed=options.seed, dim=options.dim, select=options.select,
+            gamma=options.gamma, optimizer=options.optimizer, start=options.start, amp=options.amp,
             channels_last=options.channels_last, compile=options.compile, device=_device(options.device),
         )  # fmt: skip
         images = data.load(options.data, image_size=options.image_size)
@@ -165,6 +182,8 @@ def _fail(message: str) -> int:
 def _schedule(options: argparse.Namespace) -> Schedule:
     names = ("batch_size", "weight_decay", "epochs", "factor", "lr", "momentum", "milestones")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.optimizer == "adam":
+        given.setdefault("lr", 1e-3)
     if "milestones" in given:
         given["milestones"] = tuple(given["milestones"])
     return replace(schedule_of(options.net), **given)
@@ -181,8 +200,11 @@ def _device(name: str | None) -> str:
 
 def _folder(config: Config, images: str) -> Path:
     """runs/ and what tells this run from another."""
-    choices = [f"part{config.part}" if config.part is not None else "all", config.frozen, config.only or ""]
-    choices += ["" if config.learn_bn else "bn-frozen", f"seed{config.seed}"]
+    part = "all" if config.part is None else f"part{config.part}"
+    choices = [part, f"dim{config.dim}" if config.dim else "", config.frozen, config.only or ""]
+    choices += [config.select if config.select != "last" else "", "" if config.bn == "learned" else f"bn-{config.bn}"]
+    choices += ["gamma-uniform" if config.gamma == "uniform" else "", "" if config.optimizer == "sgd" else "adam"]
+    choices += ["" if config.start is None else f"from-{config.start.name}", f"seed{config.seed}"]
     return Path("runs") / "-".join([images, config.net, *filter(None, choices)])
 
 

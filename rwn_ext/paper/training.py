@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rwn_ext import set_subsets_, subsets
 from rwn_ext.paper import data, networks
+from rwn_ext.paper.magnitudes import magnitudes, means
 from rwn_ext.paper.schedules import Schedule
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
+OPTIMIZERS = ("sgd", "adam")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,9 +41,15 @@ class Config:
     part: int | float | None = None
     frozen: str = "random"
     only: str | None = None
-    learn_bn: bool = True
+    bn: str = "learned"
     dropout: float | None = None
     seed: int = 0
+    dim: int = 0
+    select: str = "last"
+    gamma: str = "ones"
+    optimizer: str = "sgd"
+    start: Path | None = None
+    """The folder of a run whose weights this one begins with; a classifier of another size begins anew."""
     amp: str | None = None
     channels_last: bool = False
     compile: bool = False
@@ -51,7 +60,7 @@ class Config:
         """What a run must share with a checkpoint to continue it."""
         values = dataclasses.asdict(self)
         schedule = {k: v for k, v in values.pop("schedule").items() if k != "epochs"}
-        for name in ("out", "device", "compile"):
+        for name in ("out", "device", "compile", "start"):
             del values[name]
         identity = values | schedule | {"data": images.name, "image_size": images.train.images.size(-1)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in identity.items()}
@@ -83,9 +92,11 @@ class Run:
         _check(config, self.ranks)
         self.device = torch.device(self.ranks.local_device(config.device))
         self.images = images.to(self.device)
+        start = None if config.start is None else read_checkpoint(config.start / CHECKPOINT)["model"]
+        self.identity = config.identity(images) | ({} if start is None else {"start": _hash(start)})
         self.model = networks.build(
-            config.net, images.num_classes, config.part, config.frozen, config.only, config.learn_bn, config.dropout,
-            config.seed,
+            config.net, images.num_classes, config.part, config.frozen, config.only, config.bn, config.dropout,
+            config.seed, dim=config.dim, select=config.select, gamma=config.gamma, start=start,
         )  # fmt: skip
         self.history: list[dict[str, Any]] = []
         state = self._checkpoint(resume)
@@ -98,11 +109,7 @@ class Run:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._check_input()
-        schedule = config.schedule
-        self.optimizer = torch.optim.SGD(
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay,
-        )  # fmt: skip
+        self.optimizer = self._new_optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         if state is not None:
             with self._checkpoint_errors():
@@ -112,6 +119,11 @@ class Run:
     def best(self) -> float:
         """The highest test accuracy so far: the number the paper reports."""
         return max((record["test_accuracy"] for record in self.history), default=0.0)
+
+    @property
+    def learned_weights(self) -> int:
+        """How many numbers are learned."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def train(self, watcher: Watcher) -> float:
         """Trains the epochs that are left; returns the best test accuracy, in percent."""
@@ -139,7 +151,8 @@ class Run:
             record = {
                 "epoch": epoch + 1, "lr": lr, "train_loss": loss, "train_accuracy": accuracy,
                 "test_accuracy": test_accuracy, "best": max(self.best, test_accuracy),
-                "seconds": round(time.perf_counter() - started, 3),
+                "seconds": round(time.perf_counter() - started, 3), "learned_weights": self.learned_weights,
+                "magnitudes": means(magnitudes(self.model.state_dict(), subsets(self.model))),
             }  # fmt: skip
             self.history.append(record)
             if self.ranks.first:
@@ -233,21 +246,13 @@ class Run:
             return None
         if not path.exists():
             raise ValueError(f"{path} does not exist: there is nothing to resume; leave --resume out to start")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if isinstance(error, pickle.UnpicklingError):
-                reason = "it does not hold tensors and plain values alone"
-            raise ValueError(f"{path} is no checkpoint that can be read ({reason}); remove it to start anew") from None
-        kinds = {"identity": dict, "subsets": dict, "model": dict, "optimizer": dict, "scaler": dict, "history": list}
-        if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in kinds.items()):
-            raise ValueError(f"{path} is no checkpoint of this program; give another --out")
-        for key, value in self.config.identity(self.images).items():
-            # repr: 1 filter and all of them, 1.0, are equal to Python.
-            if repr(state["identity"].get(key)) != repr(value):
+        state = read_checkpoint(path)
+        for key, value in self.identity.items():
+            # repr: 1 filter and all of them, 1.0, are equal to Python. Older checkpoints lack the later choices.
+            there = state["identity"].get(key, _LATER.get(key))
+            if repr(there) != repr(value):
                 raise ValueError(
-                    f"{path} is of another run: {key}={state['identity'].get(key)!r} there, {value!r} here; "
+                    f"{path} is of another run: {key}={there!r} there, {value!r} here; "
                     "give its own arguments or another --out"
                 )
         with self._checkpoint_errors():
@@ -256,16 +261,25 @@ class Run:
                     raise ValueError(f"its record {number} is {record!r}")
         return state
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        learned, schedule = [p for p in self.model.parameters() if p.requires_grad], self.config.schedule
+        if self.config.optimizer == "adam":
+            return torch.optim.Adam(learned, lr=schedule.lr, weight_decay=schedule.weight_decay)
+        return torch.optim.SGD(learned, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
+
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
-        """Momentum and the scaler's scale; every learned parameter has momentum of its shape after an epoch."""
-        schedule = self.config.schedule
+        """Moments and the scaler's scale; every learned parameter has moments of its shape after an epoch."""
+        own = [{k: v for k, v in group.items() if k in _SETTINGS} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            if (group["momentum"], group["weight_decay"]) != (schedule.momentum, schedule.weight_decay):
+        moments = ("exp_avg", "exp_avg_sq") if self.config.optimizer == "adam" else ("momentum_buffer",)
+        kept = self.config.optimizer == "adam" or self.config.schedule.momentum
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            if any(group[key] != value for key, value in settings.items()):
                 raise ValueError("its optimizer has other settings")
-            for parameter in group["params"] if schedule.momentum and self.history else ():
-                if self.optimizer.state[parameter]["momentum_buffer"].shape != parameter.shape:
-                    raise ValueError("its momentum is of other shapes")
+            for parameter in group["params"] if kept and self.history else ():
+                for moment in moments:
+                    if self.optimizer.state[parameter][moment].shape != parameter.shape:
+                        raise ValueError("its momentum is of other shapes")
         self.scaler.load_state_dict(state["scaler"])
 
     @contextmanager
@@ -280,7 +294,7 @@ class Run:
 
     def _save(self) -> None:
         state = {
-            "identity": self.config.identity(self.images),
+            "identity": self.identity,
             "subsets": subsets(self.model),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -296,8 +310,38 @@ class Run:
             path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a run has saved. Raises ValueError for a file that is none or holds code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it does not hold tensors and plain values alone"
+        raise ValueError(f"{path} is no checkpoint that can be read ({reason}); remove it to start anew") from None
+    kinds = {"identity": dict, "subsets": dict, "model": dict, "optimizer": dict, "scaler": dict, "history": list}
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path} is no checkpoint of this program; give another --out")
+    return state
+
+
+# Settings of an optimizer that a run decides; what older checkpoints do not say because there was one choice alone.
+_SETTINGS = ("momentum", "weight_decay", "betas")
+_LATER = {"bn": "learned", "dim": 0, "select": "last", "gamma": "ones", "optimizer": "sgd"}
+
+
+def _hash(state: Mapping[str, Tensor]) -> str:
+    """Of the values of a state dict."""
+    whole = hashlib.sha256()
+    for key in sorted(state):
+        whole.update(key.encode() + state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()[:16]
+
+
 def _check(config: Config, ranks: Ranks) -> None:
     """What can be known before anything is built."""
+    if config.optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={config.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
     if config.amp is not None and config.amp not in AMP_DTYPES:
         raise ValueError(f"amp={config.amp!r} is unknown; choose one of {', '.join(AMP_DTYPES)}")
     if torch.device(config.device).type not in ("cpu", "cuda"):
