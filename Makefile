@@ -36,7 +36,7 @@ gpu:
 	$(PYTHON) -m pytest tests
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo runs
+	rm -rf $(VENV) build *.egg-info demo reproduced runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -109,6 +109,7 @@ nvcc = find_nvcc() if wanted and sys.platform == "linux" else None
 setup(
     # rwn_ext/kernels is a link to kernels: packages are named, because no search for them follows links.
     packages=["rwn_ext", "rwn_ext.kernels", "rwn_ext.lean", "rwn_ext.paper"],
+    package_data={"rwn_ext.paper": ["*.toml", "figures/*.toml"]},
     ext_modules=[Extension("rwn_ext._cuda", sources=[])] if nvcc else [],
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
 )

@@ -287,7 +287,9 @@ class _Sweeper:
             self.failed += 1
             (job.cell.folder / FAILED).write_text(f"exit code {code}\n")
         os.close(job.claim)
-        outcome = f"failed, see {job.cell.folder / 'output.txt'}" if code else f"best test accuracy {job.cell.best():.2f} %"
+        outcome = (
+            f"failed, see {job.cell.folder / 'output.txt'}" if code else f"best test accuracy {job.cell.best():.2f} %"
+        )
         self.console.print(f"{job.cell.folder.name}: {outcome}", soft_wrap=True)
 
 
