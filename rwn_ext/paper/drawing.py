@@ -98,8 +98,8 @@ def _fixed(row: dict[str, Any]) -> str:
     return "" if row["learned"] == "all" else FIXED.get(row.get("frozen", "random"), row.get("frozen", ""))
 
 
-def _number(key: str, form: str, scale: float = 1.0) -> Any:
-    return lambda row: "" if row.get(key) is None else format(row[key] * scale, form)
+def _number(key: str, form: str, unit: float = 1) -> Any:
+    return lambda row: "" if row.get(key) is None else format(row[key] if unit == 1 else row[key] / unit, form)
 
 
 def _magnitude(kind: str) -> Any:
@@ -121,8 +121,8 @@ _COLUMNS = (
     ("learned magnitude", _magnitude("learned")),
     ("fixed magnitude", _magnitude("fixed")),
     ("step, of nn.Conv2d's", _number("step_ratio", ".2f")),
-    ("gradients + optimizer, MB", _number("training_bytes", ".2f", 1e-6)),
-    ("kept, MB", _number("saved_bytes", ".1f", 1e-6)),
+    ("gradients + optimizer, MB", _number("training_bytes", ".2f", 1e6)),
+    ("kept, MB", _number("saved_bytes", ".1f", 1e6)),
     ("time of a run, s", _number("seconds", ".0f")),
 )
 
