@@ -8,6 +8,7 @@ from PIL import Image
 
 from rwn_ext.paper import marks, presets, reproduce
 from rwn_ext.paper.__main__ import _parser, _prepared, main
+from rwn_ext.paper.experiments import RESULTS
 from rwn_ext.paper.marks import learned, mark
 from rwn_ext.paper.presets import preset
 from rwn_ext.paper.reproduce import Reproduction
@@ -21,10 +22,18 @@ def run_of(choices, out):
 
 
 def pretend(reproduction, accuracy):
-    """Logs of finished runs, the last epoch the best but one."""
+    """Logs of finished runs, the last epoch the best but one; results of finished experiments."""
     for cell in reproduction.sweep.cells:
         cell.folder.mkdir(parents=True, exist_ok=True)
         best = accuracy(cell.choices)
+        if cell.program != "train":
+            names = {"ensemble": ["member1", "member2"], "tasks": ["upright", "turned"], "transfer": ["conv1", "all"]}
+            rows = [
+                {"name": name, "learned_weights": 1000, "stored_bytes": 5000, "accuracy": best}
+                for name in names[cell.program]
+            ]
+            results = {"rows": rows} | ({"ensemble_accuracy": best, "mean_member_accuracy": best - 3})
+            (cell.folder / RESULTS).write_text(json.dumps(results))
         records = [
             {"epoch": i + 1, "test_accuracy": best - abs(cell.epochs - 2 - i), "seconds": 2.0, "learned_weights": 1000}
             | {"magnitudes": {"learned": 0.2, "fixed": 0.1}}
@@ -67,9 +76,9 @@ def test_no_number_for_what_the_paper_did_not_do(other):
 def test_every_run_of_a_preset_can_be_made(name, tmp_path):
     figure = preset(name)
     for choices in figure.choices("cifar", figure.families, 1):
-        options = _parser().parse_args(["train", *flags(choices)])
+        options = _parser().parse_args([figure.program, *flags(choices)])
         assert learned({"part": options.part, "only": options.only}) == learned(choices)
-    for choices in figure.choices("digits", (), 1):
+    for choices in figure.choices("digits", (), 1) if figure.program == "train" else ():
         assert run_of(choices, tmp_path / "run").learned_weights > 0
     assert len(figure.choices("cifar", figure.families, 2)) == 2 * len(figure.choices("cifar", figure.families, 1))
 
@@ -77,11 +86,24 @@ def test_every_run_of_a_preset_can_be_made(name, tmp_path):
 def test_the_figures_show_every_number_of_the_paper():
     shown = set()
     for name in presets.names():
-        for choices in preset(name).choices("cifar", preset(name).families, 1):
+        for choices in (
+            preset(name).choices("cifar", preset(name).families, 1) if preset(name).program == "train" else ()
+        ):
             epochs = choices.get("epochs") or schedule_of(choices["net"]).epochs
             if mark(choices, epochs):
                 shown.add(marks._key(choices, epochs))
     assert shown == marks._rows("table").keys()
+    ensembles = preset("ensembles").choices("cifar", (), 1)
+    assert {marks._key(choices, choices["epochs"]) for choices in ensembles} == marks._rows("ensemble").keys()
+
+
+def test_an_ensemble_beside_the_paper(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.data, "load", lambda folder: SimpleNamespace(name="cifar10"))
+    figure = Reproduction(preset("ensembles"), tmp_path, tmp_path, prepare=None, jobs=1)
+    pretend(figure, lambda choices: 72.0)
+    assert figure.run() == 0
+    page = (tmp_path / "ensembles" / "figure.md").read_text()
+    assert "| fc | fixed at random | 69.00 | 68.50 | 72.00 | 1 | 70.25 | +1.75 | 1,000 |" in page
 
 
 def test_a_page_beside_the_paper(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 from rwn_ext import PartialConv2d, subsets
 from rwn_ext.paper import data
 from rwn_ext.paper.__main__ import main
+from rwn_ext.paper.comparison import compare
 from rwn_ext.paper.magnitudes import magnitudes, means
 from rwn_ext.paper.schedules import Schedule, schedule_of
 from rwn_ext.paper.training import CHECKPOINT, LOG, Config, Run
@@ -111,8 +113,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, images, options):
 def test_resuming_restores_the_subsets(tmp_path, images):
     first = Run(config(tmp_path), images)
     first.model.conv1.set_trainable_([0, 5])
-    first.config.out.mkdir(parents=True)
-    first._save()
+    first.save()
     again = Run(config(tmp_path), images, resume=True)
     assert again.model.conv1.filters.indices == (0, 5)
     assert_same(again.model.state_dict(), first.model.state_dict())
@@ -270,16 +271,14 @@ def test_diverging_run_stops_and_keeps_its_last_checkpoint(tmp_path, images):
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path, images, change, message):
     run = Run(config(tmp_path), images)
-    run.config.out.mkdir(parents=True)
-    run._save()
+    run.save()
     with pytest.raises(ValueError, match=message):
         Run(config(tmp_path, **change), images, resume=True)
 
 
 def test_one_filter_is_not_all_of_them(tmp_path, images):
     run = Run(config(tmp_path, part=1), images)
-    run.config.out.mkdir(parents=True)
-    run._save()
+    run.save()
     with pytest.raises(ValueError, match=r"part=1 there, 1\.0 here"):
         Run(config(tmp_path, part=1.0), images, resume=True)
 
@@ -327,8 +326,7 @@ class Hostile:
 def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, images, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run(config(tmp_path), images)
-    run.config.out.mkdir(parents=True)
-    run._save()
+    run.save()
     path = run.config.out / CHECKPOINT
     path.write_bytes(path.read_bytes()[:-200] if content == "truncated" else content)
     with pytest.raises(ValueError, match="no checkpoint that can be read") as refusal:
@@ -445,6 +443,85 @@ def test_compiled_run_trains_like_an_eager_one(tmp_path, images):
         run.train(Watcher())
         histories.append(run.history[0]["train_loss"])
     assert histories[0] == pytest.approx(histories[1], rel=1e-3)
+
+
+def without_seconds(history):
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "channels_last": True, "part": None}], ids=str)
+def test_steps_to_be_captured_train_like_others(tmp_path, images, options):
+    """On a CPU, where nothing is captured: the same numbers from the same draws, over a change of the rate."""
+    runs = [Run(config(tmp_path / str(graph), graph=graph, **options), images) for graph in (False, True)]
+    for run in runs:
+        run.train(Watcher())
+    assert without_seconds(runs[0].history) == without_seconds(runs[1].history)
+    assert_same(runs[0].model.state_dict(), runs[1].model.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "options", [{}, {"part": None}, {"amp": "bf16", "channels_last": True}, {"optimizer": "adam"}, {"dim": 2}], ids=str
+)
+def test_captured_steps_train_like_others(tmp_path, images, options):
+    schedule = replace(SCHEDULE, lr=0.001 if "optimizer" in options else 0.05)
+    options = options | {"device": "cuda", "schedule": schedule}
+    runs = [Run(config(tmp_path / str(graph), graph=graph, **options), images) for graph in (False, True)]
+    for run in runs:
+        run.train(Watcher())
+    assert runs[1]._captured_learn.graph is not None
+    for plain, captured in zip(runs[0].history, runs[1].history, strict=True):
+        assert plain["train_loss"] == pytest.approx(captured["train_loss"], rel=0.05)
+    for plain, captured in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(plain, captured, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_epoch_keeps_the_gpu_busy(tmp_path):
+    """At least 90 % of an epoch in kernels, of a network whose kernels are longer than a launch."""
+    generator = torch.Generator().manual_seed(0)
+    split = data.Split(
+        torch.randint(0, 256, (6400, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(6400) % 10
+    )
+    cifar = data.ImageSet("noise", split, split, 10, (0.5,) * 3, (0.3,) * 3, flip=True, padding=4)
+    run = Run(
+        Config("wrn-28-4", replace(schedule_of("wrn-28-4"), epochs=3), 0.1, amp="bf16", channels_last=True, graph=True,
+               device="cuda", out=tmp_path / "run"), cifar,
+    )  # fmt: skip
+    epochs = run.epochs(Watcher())
+    next(epochs)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        seconds = -time.perf_counter()
+        loss, _ = run._train_epoch(run.model, 1, run.config.schedule.lr_at(1), Watcher())
+        torch.cuda.synchronize()
+        seconds += time.perf_counter()
+    kernels = sum(event.device_time_total for event in profile.key_averages()) / 1e6
+    assert kernels >= 0.9 * seconds and loss > 0
+
+
+def test_graph_refuses_what_it_cannot_hold(tmp_path, images):
+    with pytest.raises(ValueError, match="loss scaling"):
+        Run(config(tmp_path, graph=True, amp="fp16"), images)
+
+
+def test_comparison_trains_the_plain_twin_beside(tmp_path, images, capsys):
+    run = Run(config(tmp_path, bn="frozen"), images)
+    compare(run)
+    result = json.loads((tmp_path / "run" / "compare.json").read_text())
+    plain = state_of(tmp_path / "run" / "plain")
+    assert plain["identity"]["part"] is None and plain["identity"]["bn"] == "learned" and not plain["subsets"]
+    ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(run.history, plain["history"], strict=True))
+    assert len(ratios) == 3 and result["ratio"] == ratios[1]
+    assert f"ratio {ratios[1]:.2f}" in capsys.readouterr().out
+    alone = Run(config(tmp_path / "alone", bn="frozen"), images)
+    alone.train(Watcher())
+    assert without_seconds(alone.history) == without_seconds(run.history)
+    again = Run(config(tmp_path, bn="frozen"), images, resume=True)
+    compare(again)
+    assert json.loads((tmp_path / "run" / "compare.json").read_text()) == result
 
 
 ALIKE = """

@@ -1,4 +1,4 @@
-"""The paper's programs: `python -m rwn_ext.paper train`, `sweep`, `reproduce` and `demo`."""
+"""The paper's programs: `python -m rwn_ext.paper train`, `sweep`, `reproduce`, `ensemble`, `tasks`, `transfer`, ..."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rwn_ext.paper import data, networks
 from rwn_ext.paper.networks import NAMES
 from rwn_ext.paper.schedules import Schedule, schedule_of
-from rwn_ext.paper.training import AMP_DTYPES, OPTIMIZERS, Config, Diverged, Run
+from rwn_ext.paper.training import AMP_DTYPES, CHECKPOINT, OPTIMIZERS, Config, Diverged, Ranks, Run, read_checkpoint
 from rwn_ext.subsets import POLICIES, parse
 
 
@@ -35,51 +35,45 @@ def _parser() -> argparse.ArgumentParser:
     programs = parser.add_subparsers(required=True, metavar="PROGRAM")
     train = programs.add_parser("train", help="train one network the paper's way", description=_train.__doc__)
     train.set_defaults(program=_train, needs=("rich",))
-    what = train.add_argument_group("what is learned")
-    what.add_argument("--net", required=True, help=NAMES)
-    what.add_argument(
-        "--part", type=_part, help="of every convolution: 0.1 a fraction, 1 one filter, 1.0 all (default)"
+    _add_run_flags(train)
+    train.add_argument("--data", type=Path, metavar="FOLDER", help=DATA)
+    train.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of the run in this folder")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument(
+        "--compare", action="store_true", help="train a twin in plain nn.Conv2d beside it and print the ratio of times"
     )
-    what.add_argument(
-        "--frozen", choices=networks.FROZEN, default="random",
-        help="values of what is not learned: the network's own random ones (default), zero, or other random ones",
+    ensemble = programs.add_parser("ensemble", help="networks from one start, averaged", description=_ensemble.__doc__)
+    ensemble.set_defaults(program=_ensemble, needs=("rich", "safetensors"))
+    _add_run_flags(ensemble)
+    ensemble.add_argument("--data", type=Path, metavar="FOLDER", help=DATA)
+    ensemble.add_argument("--members", type=int, default=5, help="how many (default 5)")
+    ensemble.add_argument("--start-epochs", type=int, default=0, help=START)
+    tasks = programs.add_parser("tasks", help="several tasks over one backbone", description=_tasks.__doc__)
+    tasks.set_defaults(program=_tasks, needs=("rich", "safetensors"))
+    _add_run_flags(tasks)
+    tasks.add_argument(
+        "--data", type=Path, metavar="FOLDER", action="append", help=f"a task, or what is made into tasks: {DATA}"
+    )
+    tasks.add_argument("--split", type=int, metavar="N", help="tasks: the classes in N groups")
+    tasks.add_argument(
+        "--rotations", type=int, choices=(2, 3, 4), help="tasks: the images turned by 0, 90, ... degrees"
+    )
+    tasks.add_argument("--start-epochs", type=int, default=0, help=START + ", on the first task")
+    transfer = programs.add_parser(
+        "transfer", help="a trained network learns by one part", description=_transfer.__doc__
+    )
+    transfer.set_defaults(program=_transfer, needs=("rich", "safetensors"))
+    _add_run_flags(transfer)
+    transfer.add_argument("--data", type=Path, metavar="FOLDER", help=f"of the target: {DATA}")
+    transfer.add_argument(
+        "--source", type=Path, metavar="FOLDER", help="what the network has learned before (default: --data, whose "
+        "images the target then turns by 90 degrees)",
     )  # fmt: skip
-    what.add_argument(
-        "--only",
-        help="learn one part of the network: conv1, block1, ..., fc, several (conv1+fc), or nothing (BN alone)",
-    )
-    what.add_argument(
-        "--dim", type=int, choices=range(4), default=0,
-        help="along which --part chooses: 0 filters (default), 1 input channels, 2 rows or 3 columns of the kernel",
-    )  # fmt: skip
-    what.add_argument("--select", choices=POLICIES, default="last", help="which of them: the last (default), ...")
-    what.add_argument(
-        "--bn", choices=networks.BN, default="learned", help="gamma and beta of BatchNorm; none: networks without it"
-    )
-    what.add_argument("--gamma", choices=networks.GAMMA, default="ones", help="of BatchNorm, to begin with")
-    what.add_argument("--dropout", type=float, help="of wide residual networks (default: the paper's)")
-    what.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of the run in this folder")
-    how = train.add_argument_group("schedule (default: the paper's for the network)")
-    how.add_argument("--epochs", type=int)
-    how.add_argument("--batch-size", type=int, help="over all processes")
-    how.add_argument("--lr", type=float)
-    how.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="adam has --lr 0.001 unless given")
-    how.add_argument("--momentum", type=float)
-    how.add_argument("--weight-decay", type=float)
-    how.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help="epochs after which the rate drops")
-    how.add_argument("--factor", type=float, help="by which the rate drops")
-    how.add_argument("--seed", type=int, default=0)
-    where = train.add_argument_group("data, machine, files")
-    where.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="CIFAR-10 or -100 as officially unpacked; else digits"
-    )
-    where.add_argument("--image-size", type=int, help="of the digits (default 32)")
-    where.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    where.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision")
-    where.add_argument("--channels-last", action="store_true", help="NHWC, the faster layout on most machines")
-    where.add_argument("--compile", action="store_true", help="torch.compile the network")
-    where.add_argument("--out", type=Path, metavar="FOLDER", help="of checkpoint.pt and log.jsonl (default: in runs/)")
-    where.add_argument("--resume", action="store_true", help="continue the run in --out")
+    transfer.add_argument("--start-epochs", type=int, help="on the source (default: --epochs)")
+    transfer.add_argument("--parts", nargs="+", metavar="PART", help="default: each part of the network, nothing, all")
+    magnitudes = programs.add_parser("magnitudes", help="of a run's weights", description=_magnitudes.__doc__)
+    magnitudes.set_defaults(program=_magnitudes, needs=("rich",))
+    magnitudes.add_argument("run", type=Path, metavar="FOLDER", help="of a training run")
     sweep = programs.add_parser("sweep", help="train every combination of a file", description=_sweep.__doc__)
     sweep.set_defaults(program=_sweep, needs=("rich", "tomllib" if sys.version_info >= (3, 11) else "tomli"))
     sweep.add_argument("file", type=Path, metavar="FILE.toml", help="tables [fixed] and [grid] of train's flags")
@@ -112,6 +106,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+DATA = "CIFAR-10 or -100 as officially unpacked; without one, scikit-learn's digits"
+START = "the shared start is trained for so long (default 0: it is random)"
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What every program that trains needs to know of a run."""
+    what = parser.add_argument_group("what is learned")
+    what.add_argument("--net", required=True, help=NAMES)
+    what.add_argument(
+        "--part", type=_part, help="of every convolution: 0.1 a fraction, 1 one filter, 1.0 all (default)"
+    )
+    what.add_argument(
+        "--frozen", choices=networks.FROZEN, default="random",
+        help="values of what is not learned: the network's own random ones (default), zero, or other random ones",
+    )  # fmt: skip
+    what.add_argument(
+        "--only",
+        help="learn one part of the network: conv1, block1, ..., fc, several (conv1+fc), or nothing (BN alone)",
+    )
+    what.add_argument(
+        "--dim", type=int, choices=range(4), default=0,
+        help="along which --part chooses: 0 filters (default), 1 input channels, 2 rows or 3 columns of the kernel",
+    )  # fmt: skip
+    what.add_argument("--select", choices=POLICIES, default="last", help="which of them: the last (default), ...")
+    what.add_argument(
+        "--bn", choices=networks.BN, default="learned", help="gamma and beta of BatchNorm; none: networks without it"
+    )
+    what.add_argument("--gamma", choices=networks.GAMMA, default="ones", help="of BatchNorm, to begin with")
+    what.add_argument("--dropout", type=float, help="of wide residual networks (default: the paper's)")
+    how = parser.add_argument_group("schedule (default: the paper's for the network)")
+    how.add_argument("--epochs", type=int)
+    how.add_argument("--batch-size", type=int, help="over all processes")
+    how.add_argument("--lr", type=float)
+    how.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="adam has --lr 0.001 unless given")
+    how.add_argument("--momentum", type=float)
+    how.add_argument("--weight-decay", type=float)
+    how.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help="epochs after which the rate drops")
+    how.add_argument("--factor", type=float, help="by which the rate drops")
+    how.add_argument("--seed", type=int, default=0)
+    where = parser.add_argument_group("data, machine, files")
+    where.add_argument("--image-size", type=int, help="of the digits (default 32)")
+    where.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    where.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision")
+    where.add_argument("--channels-last", action="store_true", help="NHWC, the faster layout on most machines")
+    where.add_argument("--compile", action="store_true", help="torch.compile the network")
+    where.add_argument(
+        "--graph", action="store_true", help="capture steps in CUDA graphs: nothing but kernels; a CPU trains the same"
+    )
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="of all that is written (default: in runs/)")
+
+
 def _part(text: str) -> int | float:
     try:
         return parse(text)
@@ -124,24 +169,102 @@ def _train(options: argparse.Namespace) -> int:
 
     Every epoch ends with a line in log.jsonl and a checkpoint, from which --resume continues.
     """
+    from rwn_ext.paper.comparison import compare
     from rwn_ext.paper.progress import train_with_progress
 
     def way_on(run: Run) -> str:
         return "--resume continues after the last whole epoch" if run.history else "no epoch was done; start again"
 
-    return _run(lambda: _prepared(options), train_with_progress, way_on)
+    show = compare if options.compare else train_with_progress
+    return _run(lambda: _prepared(options), show, way_on)
 
 
 def _prepared(options: argparse.Namespace) -> Run:
     """The run that the train program's flags ask for."""
-    config = Config(
-        net=options.net, schedule=_schedule(options), part=options.part, frozen=options.frozen, only=options.only,
-        bn=options.bn, dropout=options.dropout, seed=options.seed, dim=options.dim, select=options.select,
-        gamma=options.gamma, optimizer=options.optimizer, start=options.start, amp=options.amp,
-        channels_last=options.channels_last, compile=options.compile, device=_device(options.device),
-    )  # fmt: skip
+    if options.compare and Ranks().size > 1:
+        raise ValueError("compare takes turns on one device; start it without torchrun")
+    config = replace(_config(options), start=options.start)
     images = data.load(options.data, image_size=options.image_size)
     return Run(replace(config, out=options.out or _folder(config, images.name)), images, resume=options.resume)
+
+
+def _ensemble(options: argparse.Namespace) -> int:
+    """Trains networks from one start, each another part or by another order, and averages what they say."""
+    from rwn_ext.paper import experiments
+
+    def prepare() -> experiments.Experiment:
+        images = data.load(options.data, image_size=options.image_size)
+        config = _named(_config(options), options, "ensemble", images.name)
+        return experiments.ensemble(config, images, options.members, options.start_epochs)
+
+    return _run(prepare, experiments.Experiment.run, _continues)
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    """Learns several tasks over one backbone; each is stored as what it has learned alone."""
+    from rwn_ext.paper import experiments
+
+    def prepare() -> experiments.Experiment:
+        sets = [data.load(folder, image_size=options.image_size) for folder in options.data or [None]]
+        if options.split is not None:
+            sets = [task for images in sets for task in data.split_classes(images, options.split)]
+        if options.rotations is not None:
+            sets = [data.rotated(images, turns) for images in sets for turns in range(options.rotations)]
+        config = _named(_config(options), options, "tasks", "+".join(images.name for images in sets))
+        return experiments.tasks(config, sets, options.start_epochs)
+
+    return _run(prepare, experiments.Experiment.run, _continues)
+
+
+def _transfer(options: argparse.Namespace) -> int:
+    """Trains a network on one set of images, and lets each of its parts alone learn another."""
+    from rwn_ext.paper import experiments
+
+    def prepare() -> experiments.Experiment:
+        config = _config(options)
+        if options.only is not None:
+            raise ValueError(f"only={options.only!r}: a transfer learns one part after the other; give --parts")
+        target = data.load(options.data, image_size=options.image_size)
+        if options.source is None:
+            source, target = target, data.rotated(target, 1)
+        else:
+            source = data.load(options.source, image_size=options.image_size)
+        parts = options.parts or [*networks.build(config.net, 2).parts, "nothing", experiments.ALL]
+        epochs = config.schedule.epochs if options.start_epochs is None else options.start_epochs
+        config = _named(config, options, "transfer", f"{source.name}-to-{target.name}")
+        return experiments.transfer(config, source, target, parts, epochs)
+
+    return _run(prepare, experiments.Experiment.run, _continues)
+
+
+def _magnitudes(options: argparse.Namespace) -> int:
+    """Writes how large each filter's learned and fixed weights are in a run's checkpoint, to magnitudes.json there."""
+    from rwn_ext.paper import magnitudes
+
+    def show(found: magnitudes.Magnitudes) -> None:
+        magnitudes.write(found, options.run / "magnitudes.json")
+
+    return _run(lambda: magnitudes.of_checkpoint(read_checkpoint(options.run / CHECKPOINT)), show, _continues)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """The run that the flags of `_add_run_flags` ask for."""
+    return Config(
+        net=options.net, schedule=_schedule(options), part=options.part, frozen=options.frozen, only=options.only,
+        bn=options.bn, dropout=options.dropout, seed=options.seed, dim=options.dim, select=options.select,
+        gamma=options.gamma, optimizer=options.optimizer, amp=options.amp,
+        channels_last=options.channels_last, compile=options.compile, graph=options.graph,
+        device=_device(options.device),
+    )  # fmt: skip
+
+
+def _named(config: Config, options: argparse.Namespace, experiment: str, images: str) -> Config:
+    """With the folder that was asked for, or one in runs/."""
+    return replace(config, out=options.out or _folder(config, f"{experiment}-{images}"))
+
+
+def _continues(_: object) -> str:
+    return "the same command continues"
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -159,7 +282,7 @@ def _sweep(options: argparse.Namespace) -> int:
     def run(sweep: Sweep) -> None:
         failed.append(sweep.run())
 
-    code = _run(prepare, run, lambda _: "the same command continues")
+    code = _run(prepare, run, _continues)
     return code or int(any(failed))
 
 

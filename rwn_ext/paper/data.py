@@ -8,6 +8,7 @@ import pickle
 import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,35 @@ def load(folder: str | Path | None, *, image_size: int | None = None) -> ImageSe
     )
 
 
+def split_classes(images: ImageSet, tasks: int) -> list[ImageSet]:
+    """As many image sets, each of consecutive classes, numbered anew from 0. The first may have one more."""
+    if not 2 <= tasks <= images.num_classes // 2:
+        raise ValueError(f"split={tasks} must leave each of 2 or more tasks 2 of the {images.num_classes} classes")
+    classes = torch.arange(images.num_classes).tensor_split(tasks)
+
+    def chosen(split: Split, first: int, last: int) -> Split:
+        rows = ((split.labels >= first) & (split.labels <= last)).nonzero().flatten()
+        return Split(split.images[rows], split.labels[rows] - first)
+
+    return [
+        replace(
+            images, name=f"{images.name}-{first}-{last}", num_classes=last - first + 1,
+            train=chosen(images.train, first, last), test=chosen(images.test, first, last),
+        )
+        for first, last in ((int(group[0]), int(group[-1])) for group in classes)
+    ]  # fmt: skip
+
+
+def rotated(images: ImageSet, quarters: int) -> ImageSet:
+    """The same images turned by 90 degrees, counterclockwise, this many times."""
+
+    def turned(split: Split) -> Split:
+        return Split(split.images.rot90(quarters, (2, 3)).contiguous(), split.labels)
+
+    name = f"{images.name}-{90 * quarters}deg"
+    return replace(images, name=name, train=turned(images.train), test=turned(images.test))
+
+
 def batches(
     split: Split,
     batch_size: int,
@@ -93,6 +123,15 @@ def batches(
     so ranks must hold equal generators. Every rank gets equally many, equally long batches: the up to
     `world_size - 1` rows that would make the last one uneven are left out, so evaluate with `world_size=1`.
     """
+    parts = batch_rows(split, batch_size, generator=generator, drop_last=drop_last, rank=rank, world_size=world_size)
+    return ((split.images.index_select(0, rows), split.labels.index_select(0, rows)) for rows in parts)
+
+
+def batch_rows(
+    split: Split, batch_size: int, *, generator: torch.Generator | None = None, drop_last: bool = False, rank: int = 0,
+    world_size: int = 1,
+) -> list[Tensor]:  # fmt: skip
+    """Which rows of the split the batches of an epoch hold, see `batches`."""
     if batch_size < 1 or world_size < 1 or batch_size % world_size:
         raise ValueError(f"batch_size={batch_size} must be a positive multiple of world_size={world_size}")
     if not 0 <= rank < world_size:
@@ -104,8 +143,7 @@ def batches(
         order = torch.randperm(len(split), generator=generator, device=generator.device).to(device)
     end = len(split) - len(split) % (batch_size if drop_last else world_size)
     # Batches start at multiples of world_size, so striding the whole order strides each batch.
-    parts = order[:end][rank::world_size].split(batch_size // world_size)
-    return ((split.images.index_select(0, rows), split.labels.index_select(0, rows)) for rows in parts if len(rows))
+    return [rows for rows in order[:end][rank::world_size].split(batch_size // world_size) if len(rows)]
 
 
 def random_crop_flip(images: Tensor, generator: torch.Generator, *, padding: int, flip: bool) -> Tensor:
@@ -114,17 +152,29 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, *, padding: int
     images (N, C, H, W); the result has their shape, dtype, device and memory format. `generator` lives on the same
     device, and the host never waits. The paper's augmentation of CIFAR: padding 4, mirrored.
     """
+    return crop_flip(images, draws(len(images), generator, padding=padding, flip=flip), padding=padding)
+
+
+def draws(count: int, generator: torch.Generator, *, padding: int, flip: bool) -> Tensor:
+    """The random numbers of `random_crop_flip` for so many images, (3, count) int64: rows and columns by which they are
+    shifted, in 0..2 padding, and whether they are mirrored."""
     if padding < 0:
         raise ValueError(f"padding={padding} must not be negative; 0 leaves images where they are")
+
+    def draw(limit: int) -> Tensor:
+        return torch.randint(limit, (count,), generator=generator, device=generator.device)
+
+    rows, cols = draw(2 * padding + 1), draw(2 * padding + 1)
+    return torch.stack([rows, cols, draw(2) if flip else torch.zeros_like(rows)])
+
+
+def crop_flip(images: Tensor, draws: Tensor, *, padding: int) -> Tensor:
+    """What `random_crop_flip` does, given its random numbers: the same bits on every device, by one gather."""
     n, c, h, w = images.shape
-
-    def draw(count: int) -> Tensor:
-        return torch.randint(count, (n, 1), generator=generator, device=images.device)
-
-    rows = draw(2 * padding + 1) + torch.arange(h, device=images.device)  # (N, H)
-    cols = draw(2 * padding + 1) + torch.arange(w, device=images.device)  # (N, W)
-    if flip:
-        cols = torch.where(draw(2) == 1, cols.flip(1), cols)
+    top, left, mirrored = draws[:, :, None]  # (N, 1) each
+    rows = top + torch.arange(h, device=images.device)  # (N, H)
+    cols = left + torch.arange(w, device=images.device)  # (N, W)
+    cols = torch.where(mirrored == 1, cols.flip(1), cols)
     padded = F.pad(images, (padding, padding, padding, padding))
     pixels = rows[:, :, None] * padded.shape[3] + cols[:, None, :]  # (N, H, W)
     crops = padded.flatten(2).gather(2, pixels.view(n, 1, h * w).expand(n, c, h * w)).view(n, c, h, w)
@@ -137,11 +187,15 @@ def normalize(
 ) -> Tensor:
     """`((images / 255 - mean) / std).to(dtype)` by channel, computed in float32, in the images' memory format."""
 
-    def by_channel(values: tuple[float, ...]) -> Tensor:
-        # A blocking copy would make the host wait for the device at every batch.
-        return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).to(images.device, non_blocking=True)
+    own_mean, own_std = (_by_channel(values, images.device) for values in (mean, std))
+    return images.to(torch.float32, copy=True).div_(255).sub_(own_mean).div_(own_std).to(dtype)
 
-    return images.to(torch.float32, copy=True).div_(255).sub_(by_channel(mean)).div_(by_channel(std)).to(dtype)
+
+@lru_cache(maxsize=64)
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once for each device: a copy from the host would make it wait, and a CUDA graph cannot hold one."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 @dataclass(frozen=True)

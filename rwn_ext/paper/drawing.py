@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -25,13 +26,15 @@ def drawn(results: dict[str, Any]) -> Figure:
             _magnitudes(line[0], rows)
         elif results["draw"] == "weights":
             _over_weights(line[0], rows)
+        elif results["draw"] == "ensemble":
+            _ensembles(line[0], rows)
         else:
             _over_categories(line[0], rows, results["draw"])
         epochs = sorted({row["epochs"] for row in rows})
         line[0].set_title(f"{net}, {'/'.join(map(str, epochs))} epochs", size=10)
         if costs:
             _costs(line[1], rows, results["draw"])
-    figure.suptitle(f"{results['title']} ({results['data']})", size=11)
+    figure.suptitle(textwrap.fill(f"{results['title']} ({results['data']})", 60 * columns), size=11)
     return figure
 
 
@@ -86,8 +89,7 @@ def _accuracy(row: dict[str, Any]) -> str:
     return f"{row['mean']:.2f}" + ("" if row["spread"] is None else f" ± {row['spread']:.2f}")
 
 
-def _paper(row: dict[str, Any]) -> str:
-    mark = row["paper"]
+def _mark(mark: dict[str, Any] | None, row: dict[str, Any]) -> str:
     if mark is None:
         return ""
     told = f"{'~' if mark['read_off'] else ''}{mark['accuracy']:.2f}"
@@ -110,12 +112,15 @@ def _magnitude(kind: str) -> Any:
 
 _COLUMNS = (
     ("learned", _word),
+    ("task", lambda row: row.get("task", "")),
     ("others", _fixed),
     ("along", lambda row: "" if row.get("dim") is None else ("filters", "inputs", "rows", "columns")[row["dim"]]),
     ("BatchNorm", lambda row: row.get("bn", "")),
+    ("mean member, %", _number("member", ".2f")),
+    ("paper's mean member, %", lambda row: _mark(row.get("paper_member"), row)),
     ("test accuracy, %", _accuracy),
     ("runs", lambda row: str(row["runs"])),
-    ("paper, %", _paper),
+    ("paper, %", lambda row: _mark(row["paper"], row)),
     ("difference", _number("difference", "+.2f")),
     ("weights learned", _number("learned_weights", ",")),
     ("learned magnitude", _magnitude("learned")),
@@ -123,6 +128,7 @@ _COLUMNS = (
     ("step, of nn.Conv2d's", _number("step_ratio", ".2f")),
     ("gradients + optimizer, MB", _number("training_bytes", ".2f", 1e6)),
     ("kept, MB", _number("saved_bytes", ".1f", 1e6)),
+    ("stored, MB", _number("stored_bytes", ".3f", 1e6)),
     ("time of a run, s", _number("seconds", ".0f")),
 )
 
@@ -139,6 +145,10 @@ def _groups(rows: Rows, draw: str) -> dict[str, Rows]:
     """The lines of a panel; what learns everything belongs to the first."""
     key, default = ("bn", "learned") if draw == "bn" else ("frozen", "random")
     groups: dict[str, Rows] = {}
+    if draw == "task":
+        for row in rows:
+            groups.setdefault(f"learned: {_word(row)}", []).append(row)
+        return groups
     for row in rows:
         value = row.get(key, default)
         name = FIXED.get(str(value), str(value)) if key == "frozen" else f"BatchNorm {value}"
@@ -147,11 +157,13 @@ def _groups(rows: Rows, draw: str) -> dict[str, Rows]:
 
 
 def _category(row: dict[str, Any], draw: str) -> str:
+    if draw == "task":
+        return row["task"]
     return ("filters", "inputs", "rows", "columns")[row["dim"]] if draw == "dim" else _word(row)
 
 
 def _categories(rows: Rows, draw: str) -> list[str]:
-    ordered = rows if draw == "dim" else sorted(rows, key=_order)
+    ordered = rows if draw in ("dim", "task", "transfer") else sorted(rows, key=_order)
     return list(dict.fromkeys(_category(row, draw) for row in ordered))
 
 
@@ -162,7 +174,17 @@ def _over_categories(axis: Axes, rows: Rows, draw: str) -> None:
         own = sorted(own, key=lambda row: places[_category(row, draw)])
         _points(axis, own, [places[_category(row, draw)] for row in own], name, color, style)
     axis.set_xticks(range(len(places)), list(places))
-    axis.set_xlabel("learned" if draw != "dim" else "learned along", size=9)
+    axis.set_xlabel({"dim": "learned along", "task": "task"}.get(draw, "learned"), size=9)
+    _accuracy_axis(axis)
+
+
+def _ensembles(axis: Axes, rows: Rows) -> None:
+    members = [row | {"mean": row["member"], "spread": None, "paper": row["paper_member"]} for row in rows]
+    names = _categories(rows, "learned")
+    for color, name, own in zip(COLORS, ("mean member", "ensemble"), (members, rows), strict=False):
+        _points(axis, own, [names.index(_word(row)) for row in own], name, color, "o")
+    axis.set_xticks(range(len(names)), names)
+    axis.set_xlabel("learned by each member", size=9)
     _accuracy_axis(axis)
 
 
@@ -195,7 +217,7 @@ def _accuracy_axis(axis: Axes) -> None:
 
 
 def _magnitudes(axis: Axes, rows: Rows) -> None:
-    rows = sorted((row for row in rows if row["magnitudes"]), key=_order)
+    rows = sorted((row for row in rows if row.get("magnitudes")), key=_order)
     for kind, color in zip(("learned", "fixed"), COLORS, strict=False):
         own = [(i, row["magnitudes"][kind]) for i, row in enumerate(rows) if row["magnitudes"][kind] is not None]
         axis.plot([i for i, _ in own], [y for _, y in own], "o-", color=color, label=f"{kind} weights")

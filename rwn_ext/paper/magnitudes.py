@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 KINDS = ("learned", "fixed")
+Magnitudes = dict[str, dict[str, Tensor]]
 
 
-def magnitudes(state: Mapping[str, Tensor], subsets: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+def magnitudes(state: Mapping[str, Tensor], subsets: Mapping[str, Any]) -> Magnitudes:
     """The root mean square of each filter's learned and of each filter's fixed weights: {layer: {kind: (filters,)}}.
 
     Args:
@@ -43,6 +50,28 @@ def means(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float | None]:
     """The mean over all filters of the network, for each kind; None where there is none."""
     together = {kind: torch.cat([layer[kind].float() for layer in found.values()]) for kind in KINDS}
     return {kind: values.mean().item() if len(values) else None for kind, values in together.items()}
+
+
+def of_checkpoint(checkpoint: Mapping[str, Any]) -> Magnitudes:
+    """Of what a run has saved, see `training.read_checkpoint`."""
+    return magnitudes(checkpoint["model"], checkpoint["subsets"])
+
+
+def write(found: Magnitudes, path: Path) -> None:
+    """Prints a table of the layers' means and writes every filter's value: {layer: {kind: [...]}} in JSON."""
+    table = Table(title="root mean square of filters (mean)", box=SIMPLE_HEAD)
+    for column in ("layer", *KINDS):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer, kinds in found.items():
+        table.add_row(layer, *(f"{kinds[kind].mean().item():.4f}" if len(kinds[kind]) else "" for kind in KINDS))
+    Console().print(table)
+    values = {
+        layer: {kind: [round(value, 6) for value in kinds[kind].tolist()] for kind in KINDS}
+        for layer, kinds in found.items()
+    }
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(values) + "\n")
+    os.replace(unfinished, path)
 
 
 def _rms(weight: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -31,6 +31,8 @@ class Preset:
     draw: str
     network: Sequence[Mapping[str, Any]]
     grid: Sequence[Mapping[str, Any]]
+    program: str = "train"
+    """Whose flags the choices are: train, ensemble, tasks or transfer."""
 
     @property
     def families(self) -> list[str]:

@@ -16,12 +16,13 @@ from rich.console import Console
 from rwn_ext.paper import data
 from rwn_ext.paper.costs import costs, machine
 from rwn_ext.paper.drawing import drawn, page
-from rwn_ext.paper.marks import learned, mark
+from rwn_ext.paper.experiments import RESULTS
+from rwn_ext.paper.marks import ensemble_marks, learned, mark
 from rwn_ext.paper.presets import Preset
 from rwn_ext.paper.progress import bar
 from rwn_ext.paper.schedules import schedule_of
 from rwn_ext.paper.sweep import Cell, Sweep, summary
-from rwn_ext.paper.training import Run, _replacing
+from rwn_ext.paper.training import Run, replacing
 
 PLAIN = "nn.Conv2d"
 QUICK = {"seeds": 1, "budget_epochs": 2, "rounds": 3}
@@ -48,7 +49,9 @@ class Reproduction:
         whole = preset.choices(on, families, seeds)
         for choices, full in zip(preset.choices(on, families, seeds, budget_epochs), whole, strict=True):
             shared = dict(machine_flags or {}) | ({} if folder is None else {"data": str(folder)})
-            cell = Cell(choices | shared, out / "runs" / _name(self.data_name, choices | shared))
+            prefix = self.data_name if preset.program == "train" else f"{preset.program}-{self.data_name}"
+            folder_name = _name(prefix, choices | shared)
+            cell = Cell(choices | shared, out / "runs" / folder_name, preset.program)
             cells.append(cell)
             self.paper_epochs[cell.folder] = full.get("epochs") or schedule_of(full["net"]).epochs
         varied = [key for key in dict.fromkeys(k for c in cells for k in c.choices) if key not in (machine_flags or {})]
@@ -63,11 +66,11 @@ class Reproduction:
             return failed
         results: dict[str, Any] = {"figure": self.preset.name, "title": self.preset.title, "draw": self.preset.draw}
         results |= {"data": self.data_name, "machine": None, "rows": self.rows()}
-        if self.rounds:
+        if self.rounds and self.preset.program == "train":
             self._measure(results)
         folder = self.out / "-".join([self.preset.name, *self.families])
         folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / "results.json") as path:
+        with replacing(folder / "results.json") as path:
             path.write_text(json.dumps(results, indent=1) + "\n")
         write(results, folder)
         Console().print(f"page: {folder / 'figure.md'}   picture: {folder / 'figure.png'}", highlight=False)
@@ -78,7 +81,34 @@ class Reproduction:
         groups: dict[str, list[Cell]] = {}
         for cell in self.sweep.cells:
             groups.setdefault(_key(cell), []).append(cell)
-        return [self._row(cells) for cells in groups.values()]
+        if self.preset.program == "train":
+            return [self._row(cells) for cells in groups.values()]
+        return [row for cells in groups.values() for row in self._experiment_rows(cells)]
+
+    def _experiment_rows(self, cells: list[Cell]) -> list[dict[str, Any]]:
+        """A row for an ensemble, one for each task, one for each part that was transferred."""
+        first, program = cells[0], self.preset.program
+        found = [json.loads((cell.folder / RESULTS).read_text()) for cell in cells if cell.finished]
+        base = {key: first.choices[key] for key in first.choices if key not in ("seed", "data", "device")}
+        base |= {"learned": learned(first.choices), "epochs": first.epochs, "seconds": None, "magnitudes": None}
+        base |= {"learned_weights": None, "paper": None, "difference": None}
+        if program == "ensemble":
+            row = base | summary([each["ensemble_accuracy"] for each in found])
+            row["member"] = statistics.fmean(each["mean_member_accuracy"] for each in found) if found else None
+            row["learned_weights"] = found[0]["rows"][0]["learned_weights"] if found else None
+            row["paper_member"] = None
+            marks = ensemble_marks(first.choices, self.paper_epochs[first.folder])
+            if marks is not None and self.data_name == "cifar10":
+                row |= {"paper_member": asdict(marks[0]), "paper": asdict(marks[1])}
+                if found and marks[1].epochs == first.epochs:
+                    row["difference"] = row["mean"] - marks[1].accuracy
+            return [row]
+        rows = []
+        for i, branch in enumerate(found[0]["rows"] if found else ()):
+            row = base | summary([each["rows"][i]["accuracy"] for each in found])
+            row |= {"learned_weights": branch["learned_weights"], "stored_bytes": branch["stored_bytes"]}
+            rows.append(row | {"task" if program == "tasks" else "learned": branch["name"]})
+        return rows
 
     def _row(self, cells: list[Cell]) -> dict[str, Any]:
         first, done = cells[0], [cell for cell in cells if cell.finished]
@@ -119,7 +149,7 @@ class Reproduction:
                         f"{self.data_name} {key}": asdict(cost) | {"machine": where} for key, cost in found.items()
                     }
                     del runs
-                    with _replacing(cache) as path:
+                    with replacing(cache) as path:
                         path.write_text(json.dumps(known, indent=1) + "\n")
         for row, key in zip(results["rows"], cells, strict=True):
             row |= known[f"{self.data_name} {key}"]
@@ -155,5 +185,5 @@ def _key(cell: Cell) -> str:
 
 def _plain(choices: Mapping[str, Any]) -> dict[str, Any]:
     """The run that learns everything with plain `nn.Conv2d`."""
-    fixing = ("part", "frozen", "only", "dim", "select", "bn", "start")
+    fixing = ("part", "frozen", "only", "dim", "select", "bn")
     return {key: value for key, value in choices.items() if key not in fixing}

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from rwn_ext.paper.experiments import RESULTS
 from rwn_ext.paper.places import Place, claim, places
 from rwn_ext.paper.progress import bar
 from rwn_ext.paper.schedules import schedule_of
@@ -46,6 +47,8 @@ class Cell:
 
     choices: dict[str, Any]
     folder: Path
+    program: str = "train"
+    """Or ensemble, tasks, transfer: an experiment of several runs, finished when its results are there."""
 
     @property
     def epochs(self) -> int:
@@ -53,7 +56,13 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        return len(self.records()) >= self.epochs
+        return self.epochs_done >= self.epochs
+
+    @property
+    def epochs_done(self) -> int:
+        if self.program == "train":
+            return len(self.records())
+        return self.epochs if (self.folder / RESULTS).exists() else 0
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -67,14 +76,18 @@ class Cell:
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def best(self) -> float:
-        """The highest test accuracy over the epochs, in percent: what the paper reports."""
+        """The highest test accuracy over the epochs, in percent: what the paper reports; of an ensemble that of the
+        ensemble, of other experiments the mean."""
+        if self.program != "train":
+            results = json.loads((self.folder / RESULTS).read_text())
+            return results.get("ensemble_accuracy") or statistics.fmean(row["accuracy"] for row in results["rows"])
         return max(record["test_accuracy"] for record in self.records())
 
     def command(self, device: str | None = None) -> list[str]:
         choices = self.choices if device is None else self.choices | {"device": device}
-        resume = ["--resume"] if (self.folder / CHECKPOINT).exists() else []
+        resume = ["--resume"] if self.program == "train" and (self.folder / CHECKPOINT).exists() else []
         return [
-            sys.executable, "-m", "rwn_ext.paper", "train", *flags(choices), "--out", str(self.folder), *resume
+            sys.executable, "-m", "rwn_ext.paper", self.program, *flags(choices), "--out", str(self.folder), *resume
         ]  # fmt: skip
 
 
@@ -181,12 +194,13 @@ def summary(best: Sequence[float]) -> dict[str, Any]:
 
 
 def shortened(choices: Mapping[str, Any], budget_epochs: int | None) -> dict[str, Any]:
-    """The choices with at most that many epochs."""
+    """The choices with at most that many epochs, also of a shared start."""
     if budget_epochs is None:
         return dict(choices)
     if budget_epochs < 1:
         raise ValueError(f"budget_epochs={budget_epochs} trains nothing; give 1 or more")
-    return {**choices, "epochs": min(budget_epochs, choices.get("epochs") or schedule_of(choices["net"]).epochs)}
+    whole = {"epochs": schedule_of(choices["net"]).epochs} | dict(choices)
+    return whole | {key: min(budget_epochs, whole[key]) for key in ("epochs", "start-epochs") if key in whole}
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +242,7 @@ class _Sweeper:
                     time.sleep(0.2)
                     for job in list(self.jobs):
                         self._look_after(job, progress)
-                    progress.update(total, completed=sum(len(cell.records()) for cell in self.sweep.cells))
+                    progress.update(total, completed=sum(cell.epochs_done for cell in self.sweep.cells))
             finally:
                 for job in self.jobs:
                     job.process.terminate()
@@ -267,18 +281,18 @@ class _Sweeper:
                     env=_environment(place.device, self.sweep.jobs),
                 )  # fmt: skip
             task = progress.add_task(cell.folder.name, total=cell.epochs)
-            job = _Job(cell, process, place, held, len(cell.records()), task)
+            job = _Job(cell, process, place, held, cell.epochs_done, task)
             place.enter(job, cell.kind)
             self.jobs.append(job)
             return True
         return False
 
     def _look_after(self, job: _Job, progress: Progress) -> None:
-        records, code = job.cell.records(), job.process.poll()
-        job.place.watch(job, has_peaked=len(records) > job.epochs_before)
+        done, code = job.cell.epochs_done, job.process.poll()
+        job.place.watch(job, has_peaked=done > job.epochs_before)
         if code is None:
-            best = f"  best {job.cell.best():.2f} %" if records else ""
-            progress.update(job.task, completed=len(records), description=job.cell.folder.name + best)
+            best = f"  best {job.cell.best():.2f} %" if done else ""
+            progress.update(job.task, completed=done, description=job.cell.folder.name + best)
             return
         self.jobs.remove(job)
         job.place.leave(job)

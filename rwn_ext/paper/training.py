@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rwn_ext import set_subsets_, subsets
 from rwn_ext.paper import data, networks
+from rwn_ext.paper.graphed import Captured
 from rwn_ext.paper.magnitudes import magnitudes, means
 from rwn_ext.paper.schedules import Schedule
 
@@ -53,6 +54,8 @@ class Config:
     amp: str | None = None
     channels_last: bool = False
     compile: bool = False
+    graph: bool = False
+    """Whether training and evaluation steps are captured in CUDA graphs; a CPU computes the same without."""
     device: str = "cpu"
     out: Path = Path("runs/run")
 
@@ -60,7 +63,7 @@ class Config:
         """What a run must share with a checkpoint to continue it."""
         values = dataclasses.asdict(self)
         schedule = {k: v for k, v in values.pop("schedule").items() if k != "epochs"}
-        for name in ("out", "device", "compile", "start"):
+        for name in ("out", "device", "compile", "graph", "start"):
             del values[name]
         identity = values | schedule | {"data": images.name, "image_size": images.train.images.size(-1)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in identity.items()}
@@ -94,10 +97,7 @@ class Run:
         self.images = images.to(self.device)
         start = None if config.start is None else read_checkpoint(config.start / CHECKPOINT)["model"]
         self.identity = config.identity(images) | ({} if start is None else {"start": _hash(start)})
-        self.model = networks.build(
-            config.net, images.num_classes, config.part, config.frozen, config.only, config.bn, config.dropout,
-            config.seed, dim=config.dim, select=config.select, gamma=config.gamma, start=start,
-        )  # fmt: skip
+        self.model = self.network(config.seed, start)
         self.history: list[dict[str, Any]] = []
         state = self._checkpoint(resume)
         if state is not None:
@@ -110,6 +110,12 @@ class Run:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._check_input()
         self.optimizer = self._new_optimizer()
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """Of an epoch so far: the loss, what was classified correctly."""
+        self.correct = torch.zeros(1, dtype=torch.float64, device=self.device)
+        self._captured_lr: float | None = None
+        self._captured_learn: Callable[[Tensor, Tensor], None] | None = None
+        self._judge: Callable[[Tensor], None] = Captured(self._count_correct) if config.graph else self._count_correct
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         if state is not None:
             with self._checkpoint_errors():
@@ -119,6 +125,14 @@ class Run:
     def best(self) -> float:
         """The highest test accuracy so far: the number the paper reports."""
         return max((record["test_accuracy"] for record in self.history), default=0.0)
+
+    def network(self, seed: int, start: Mapping[str, Tensor] | None = None) -> networks.Network:
+        """A network of this run's kind."""
+        config = self.config
+        return networks.build(
+            config.net, self.images.num_classes, config.part, config.frozen, config.only, config.bn, config.dropout,
+            seed, dim=config.dim, select=config.select, gamma=config.gamma, start=start,
+        )  # fmt: skip
 
     @property
     def learned_weights(self) -> int:
@@ -136,6 +150,7 @@ class Run:
         learner: nn.Module = self.model
         if self.ranks.size > 1:
             learner = DistributedDataParallel(learner)
+        self._captured_learn = None
         if self.config.compile:
             learner = torch.compile(learner)  # type: ignore[assignment]
         if self.ranks.first:
@@ -156,7 +171,7 @@ class Run:
             }  # fmt: skip
             self.history.append(record)
             if self.ranks.first:
-                self._save()
+                self.save()
                 self._write_log()
                 watcher.epoch(record)
             yield record
@@ -170,22 +185,38 @@ class Run:
         augmentation = torch.Generator(self.device).manual_seed(seed + self.ranks.rank * 500_009)
         torch.manual_seed(seed + self.ranks.rank * 500_009)
         learner.train()
-        size = self.config.schedule.batch_size
-        batches = data.batches(
+        size, flip, padding = self.config.schedule.batch_size, self.images.flip, self.images.padding
+        batches = data.batch_rows(
             self.images.train, size, generator=order, rank=self.ranks.rank, world_size=self.ranks.size
         )
-        total = math.ceil(len(self.images.train) / size)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss, of what is classified correctly
+        learn = self._learning(learner, lr)
+        self.sums.zero_()
         count = 0
-        for done, (images, labels) in enumerate(batches, 1):
-            images = data.random_crop_flip(images, augmentation, padding=self.images.padding, flip=self.images.flip)
-            loss, logits = self.step(learner, images, labels)
-            correct = (logits.argmax(1) == labels).sum()
-            sums += torch.stack([loss.double() * len(labels), correct.double()])
-            count += len(labels) * self.ranks.size
-            watcher.batch(done, total, epoch)
-        loss_sum, correct_sum = self.ranks.sum(sums).tolist()
+        for done, rows in enumerate(batches, 1):
+            learn(rows, data.draws(len(rows), augmentation, padding=padding, flip=flip))
+            count += len(rows) * self.ranks.size
+            watcher.batch(done, len(batches), epoch)
+        loss_sum, correct_sum = self.ranks.sum(self.sums.clone()).tolist()
         return loss_sum / count, 100 * correct_sum / count
+
+    def _learning(self, learner: nn.Module, lr: float) -> Callable[[Tensor, Tensor], None]:
+        """A step on these rows of the training set with these random numbers, that adds to `sums`."""
+
+        def learn(rows: Tensor, draws: Tensor) -> None:
+            images, labels = self._rows(self.images.train, rows)
+            loss, logits = self.step(learner, data.crop_flip(images, draws, padding=self.images.padding), labels)
+            correct = (logits.argmax(1) == labels).sum()
+            self.sums += torch.stack([loss.double() * len(labels), correct.double()])
+
+        if not self.config.graph:
+            return learn
+        if self._captured_learn is None or self._captured_lr != lr:
+            # The learning rate is captured as a number.
+            self._captured_lr, self._captured_learn = lr, Captured(learn)
+        return self._captured_learn
+
+    def _rows(self, split: data.Split, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return split.images.index_select(0, rows), split.labels.index_select(0, rows)
 
     def step(self, learner: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step of SGD on uint8 images (N, 3, H, W); the loss and the logits before it."""
@@ -207,15 +238,29 @@ class Run:
         """Test accuracy in percent, each rank classifying its share with the running statistics of the first."""
         self.ranks.share_buffers(self.model)
         self.model.eval()
-        test, correct = self.images.test, torch.zeros(1, dtype=torch.float64, device=self.device)
-        share = data.Split(
-            test.images[self.ranks.rank :: self.ranks.size], test.labels[self.ranks.rank :: self.ranks.size]
-        )
-        for images, labels in data.batches(share, self.config.schedule.batch_size):
+        self.correct.zero_()
+        for rows in data.batch_rows(self.images.test, self.config.schedule.batch_size * self.ranks.size):
+            share = rows[self.ranks.rank :: self.ranks.size]
+            if len(share):
+                self._judge(share)
+        return 100 * self.ranks.sum(self.correct.clone()).item() / len(self.images.test)
+
+    def _count_correct(self, rows: Tensor) -> None:
+        images, labels = self._rows(self.images.test, rows)
+        with self._autocast():
+            logits = self.model(self._prepare(images))
+        self.correct += (logits.argmax(1) == labels).sum()
+
+    @torch.no_grad()
+    def probabilities(self) -> Tensor:
+        """The model's softmax of every test image, (N, classes)."""
+        self.model.eval()
+        parts = []
+        for rows in data.batch_rows(self.images.test, self.config.schedule.batch_size):
+            images, _ = self._rows(self.images.test, rows)
             with self._autocast():
-                logits = self.model(self._prepare(images))
-            correct += (logits.argmax(1) == labels).sum()
-        return 100 * self.ranks.sum(correct).item() / len(test)
+                parts.append(self.model(self._prepare(images)).float().softmax(1))
+        return torch.cat(parts)
 
     def _prepare(self, images: Tensor) -> Tensor:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
@@ -264,7 +309,8 @@ class Run:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         learned, schedule = [p for p in self.model.parameters() if p.requires_grad], self.config.schedule
         if self.config.optimizer == "adam":
-            return torch.optim.Adam(learned, lr=schedule.lr, weight_decay=schedule.weight_decay)
+            capturable = self.config.graph and self.device.type == "cuda"
+            return torch.optim.Adam(learned, lr=schedule.lr, weight_decay=schedule.weight_decay, capturable=capturable)
         return torch.optim.SGD(learned, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
@@ -292,7 +338,9 @@ class Run:
             path = self.config.out / CHECKPOINT
             raise ValueError(f"{path} is no checkpoint of this run ({reason}); give another --out") from None
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        self.config.out.mkdir(parents=True, exist_ok=True)
         state = {
             "identity": self.identity,
             "subsets": subsets(self.model),
@@ -301,12 +349,12 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "history": self.history,
         }
-        with _replacing(self.config.out / CHECKPOINT) as path:
+        with replacing(self.config.out / CHECKPOINT) as path:
             torch.save(state, path)
 
     def _write_log(self) -> None:
         """The whole log from the history, so that it never says more or less than the checkpoint."""
-        with _replacing(self.config.out / LOG) as path:
+        with replacing(self.config.out / LOG) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
 
 
@@ -344,6 +392,8 @@ def _check(config: Config, ranks: Ranks) -> None:
         raise ValueError(f"optimizer={config.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
     if config.amp is not None and config.amp not in AMP_DTYPES:
         raise ValueError(f"amp={config.amp!r} is unknown; choose one of {', '.join(AMP_DTYPES)}")
+    if config.graph and (config.amp == "fp16" or ranks.size > 1):
+        raise ValueError("graph: a CUDA graph can hold no loss scaling (use amp='bf16') and no other processes' work")
     if torch.device(config.device).type not in ("cpu", "cuda"):
         raise ValueError(f"device={config.device!r} cannot train here; choose cpu or cuda")
     if not 0 <= config.seed < 2**32:
@@ -385,7 +435,7 @@ class Ranks:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A path to write to that takes the place of `target` once all is written and on disk."""
     path = target.with_name(target.name + ".part")
     yield path
