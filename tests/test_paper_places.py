@@ -1,37 +1,17 @@
 """Holding folders and sharing a GPU, without one: locks between processes, and a place whose free memory is told."""
 
 import os
-import signal
 import subprocess
-import sys
 
 from rwn_ext.paper.places import Place, claim, places
 
 GIB = 2**30
-HOLD = """
-import sys, time
-from pathlib import Path
-from rwn_ext.paper.places import claim
-held = claim(Path(sys.argv[1]))
-print('held', flush=True)
-time.sleep(60)
-"""
 
 
-def test_a_folder_is_one_process_at_a_time_and_free_once_that_is_killed(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline() == b"held\n"
-        assert claim(tmp_path) is None
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    held = claim(tmp_path)
-    assert held is not None and claim(tmp_path) is None
-    os.close(held)
-
-
-def test_who_inherits_a_folder_holds_it_alone(tmp_path):
+def test_a_folder_is_held_until_the_last_who_inherits_it_is_killed(tmp_path):
     """A run goes on when its sweep is killed: nobody else may start it."""
     held = claim(tmp_path)
+    assert held is not None and claim(tmp_path) is None
     with subprocess.Popen(["sleep", "60"], pass_fds=[held]) as run:
         os.close(held)
         assert claim(tmp_path) is None
