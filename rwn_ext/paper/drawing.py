@@ -133,12 +133,12 @@ _COLUMNS = (
 )
 
 
-def _order(row: dict[str, Any]) -> tuple[int, float, str]:
-    """Along an axis: BatchNorm alone, counts of filters, fractions, parts, all."""
+def _order(row: dict[str, Any]) -> tuple[int, float]:
+    """Along an axis: BatchNorm alone, counts of filters, fractions, parts as they come, all."""
     what = row["learned"]
     if isinstance(what, str):
-        return {"nothing": 0, "all": 4}.get(what, 3), 0.0, what
-    return (1 if isinstance(what, int) else 2), float(what), ""
+        return {"nothing": 0, "all": 4}.get(what, 3), 0.0
+    return (1 if isinstance(what, int) else 2), float(what)
 
 
 def _groups(rows: Rows, draw: str) -> dict[str, Rows]:
