@@ -161,6 +161,11 @@ def test_adam_run_is_adam_and_resumes(tmp_path, images):
     Run(config(tmp_path / "broken", **options), images, resume=True).train(Watcher())
     left, right = state_of(whole.config.out), state_of(first.out)
     assert_same(left["model"], right["model"])
+    fresh = Run(config(tmp_path / "fresh", **options), images)
+    fresh.save()
+    resumed = Run(config(tmp_path / "fresh", **options), images, resume=True)
+    resumed.train(Watcher())
+    assert_same(resumed.model.state_dict(), left["model"])
     with pytest.raises(ValueError, match="optimizer='adam' there, 'sgd' here"):
         Run(config(tmp_path / "broken", schedule=replace(SCHEDULE, lr=0.01)), images, resume=True)
 
@@ -176,6 +181,8 @@ def test_run_begins_with_anothers_weights(tmp_path, images):
     changed = {key for key, value in second.model.state_dict().items() if not torch.equal(value, before[key])}
     assert {key.split(".")[0] for key in changed if "bn" not in key} == {"block2"}
     Run(config(tmp_path / "second", **options), images, resume=True)
+    with pytest.raises(ValueError, match=r"start='.*' there, None here"):
+        Run(config(tmp_path / "second", **options | {"start": None}), images, resume=True)
     state = state_of(first.config.out)
     state["model"]["fc.bias"] += 1
     torch.save(state, first.config.out / CHECKPOINT)
@@ -189,12 +196,17 @@ def test_checkpoints_of_before_the_later_choices_resume(tmp_path, images):
     Run(config(tmp_path, schedule=replace(SCHEDULE, epochs=1)), images).train(Watcher())
     path = tmp_path / "run" / CHECKPOINT
     state = torch.load(path, weights_only=True)
-    for key in ("dim", "select", "gamma", "optimizer", "bn"):
+    for key in ("dim", "select", "gamma", "optimizer", "bn", "start"):
         del state["identity"][key]
+    state["identity"]["learn_bn"] = True
     torch.save(state, path)
     assert len(Run(config(tmp_path), images, resume=True).history) == 1
     with pytest.raises(ValueError, match="dim=0 there, 1 here"):
         Run(config(tmp_path, dim=1), images, resume=True)
+    state["identity"]["learn_bn"] = False
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="bn='frozen' there, 'learned' here"):
+        Run(config(tmp_path), images, resume=True)
 
 
 def test_records_say_how_much_is_learned_and_how_large_it_is(tmp_path, images):
@@ -574,3 +586,16 @@ def test_version_and_help_need_no_extra(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "train" in done.stdout and "demo" in done.stdout
+
+
+def test_images_too_large_for_the_device_stay_where_they_are(tmp_path, images, monkeypatch):
+    """As on a GPU whose memory is too small: rows are moved batch by batch, and the numbers are the same."""
+    run = Run(config(tmp_path / "all"), images)
+    run.train(Watcher())
+    moved = []
+    monkeypatch.setattr("rwn_ext.paper.training._fits", lambda images, device: False)
+    monkeypatch.setattr(data.Split, "to", lambda self, device: moved.append(self))
+    lean = Run(config(tmp_path / "rows"), images)
+    lean.train(Watcher())
+    assert not moved and lean.images.train is images.train
+    assert without_seconds(run.history) == without_seconds(lean.history)

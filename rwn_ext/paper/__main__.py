@@ -239,12 +239,13 @@ def _transfer(options: argparse.Namespace) -> int:
 
 def _magnitudes(options: argparse.Namespace) -> int:
     """Writes how large each filter's learned and fixed weights are in a run's checkpoint, to magnitudes.json there."""
-    from rwn_ext.paper import magnitudes
+    from rwn_ext.paper.magnitudes import Magnitudes, of_checkpoint
+    from rwn_ext.paper.progress import show_magnitudes
 
-    def show(found: magnitudes.Magnitudes) -> None:
-        magnitudes.write(found, options.run / "magnitudes.json")
+    def prepare() -> Magnitudes:
+        return of_checkpoint(read_checkpoint(options.run / CHECKPOINT))
 
-    return _run(lambda: magnitudes.of_checkpoint(read_checkpoint(options.run / CHECKPOINT)), show, _continues)
+    return _run(prepare, lambda found: show_magnitudes(found, options.run / "magnitudes.json"), _continues)
 
 
 def _config(options: argparse.Namespace) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -32,7 +33,7 @@ def compare(run: Run) -> None:
         while waiting:
             waiting = [each for each in waiting if next(each, None) is not None]
     seconds = {name: [record["seconds"] for record in each.history] for name, each in runs.items()}
-    result = {
+    result: dict[str, Any] = {
         "ratio": ratio(seconds, "this run", PLAIN),
         "seconds": {name: sum(times) for name, times in seconds.items()},
         "epoch_seconds": {name: statistics.median(times) for name, times in seconds.items()},

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import io
-import pickle
-import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class DataError(ValueError):
-    """A data folder that cannot be used: one line with the path, what is wrong and the way out."""
+from rwn_ext.paper import imagenet
+from rwn_ext.paper.pickles import WAY_OUT, DataError, bytes_of, read_inert
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +50,20 @@ class ImageSet:
 def load(folder: str | Path | None, *, image_size: int | None = None) -> ImageSet:
     """CIFAR-10 or CIFAR-100 from an official folder or the folder above it; without one, scikit-learn's digits.
 
-    Nothing is downloaded or written. `image_size` (default 32) is for the digits alone, which are upsampled from 8x8.
-    The files are not trusted: sizes, shapes and labels are checked and a pickle cannot run code. Raises DataError for
-    a folder or file that cannot be used, ValueError for an impossible `image_size`, RuntimeError without scikit-learn.
+    Also downsampled ImageNet and folders of classes, see `rwn_ext.paper.imagenet`: these are read lazily from one file
+    into which they are once converted. Nothing else is written, and nothing downloaded. `image_size` is of the digits
+    (default 32), which are upsampled from 8x8, and of folders of classes (default 64). The files are not trusted:
+    sizes, shapes and labels are checked and a pickle cannot run code. Raises DataError for a folder or file that cannot
+    be used, ValueError for an impossible `image_size`, RuntimeError without a package that is needed.
     """
     if folder is None:
         return _digits(32 if image_size is None else image_size)
-    if image_size not in (None, 32):
-        raise ValueError(f"image_size={image_size}: CIFAR images are 32x32; leave image_size out or give no folder")
     try:
+        large = imagenet.read(Path(folder).expanduser(), image_size)
+        if large is not None:
+            return _large(large)
+        if image_size not in (None, 32):
+            raise ValueError(f"image_size={image_size}: CIFAR images are 32x32; leave image_size out or give no folder")
         place, layout = _find(Path(folder).expanduser())
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check the path and its permissions") from None
@@ -77,6 +77,13 @@ def load(folder: str | Path | None, *, image_size: int | None = None) -> ImageSe
         flip=True,
         padding=4,
     )
+
+
+def _large(found: imagenet.Images) -> ImageSet:
+    train, test = (Split(*part) for part in (found.train, found.test))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    padding = train.images.size(-1) // 8
+    return ImageSet(found.name, train, test, found.num_classes, mean, std, flip=True, padding=padding)
 
 
 def split_classes(images: ImageSet, tasks: int) -> list[ImageSet]:
@@ -224,7 +231,6 @@ LAYOUTS = {
 }
 PIXELS = 3 * 32 * 32  # bytes an image: R, G, B planes, each row by row
 MAX_FILE_BYTES = 512 * 2**20
-WAY_OUT = "unpack the official archive again"
 
 
 def _find(folder: Path) -> tuple[Path, Layout]:
@@ -276,13 +282,7 @@ def _from_binary(path: Path, content: bytes, label_bytes: int, num_classes: int,
 
 
 def _from_pickle(path: Path, content: bytes, label_key: bytes, num_classes: int, records: int) -> Split:
-    try:
-        _refuse_bombs(content)
-        batch = _InertUnpickler(io.BytesIO(content), encoding="bytes").load()
-    # A damaged or hostile stream can raise anything: KeyError, TypeError, MemoryError and more.
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{path}: not a pickle that can be read safely ({reason}); {WAY_OUT}") from error
+    batch = read_inert(path, content)
     if not isinstance(batch, dict) or not {b"data", label_key} <= batch.keys():
         raise DataError(f"{path}: a pickled dict with the keys b'data' and {label_key!r} expected; {WAY_OUT}")
     labels = batch[label_key]
@@ -291,70 +291,11 @@ def _from_pickle(path: Path, content: bytes, label_key: bytes, num_classes: int,
         raise DataError(
             f"{path}: {label_key!r} must be a list of {records} integers in 0..{num_classes - 1}; {WAY_OUT}"
         )
-    match batch[b"data"]:
-        # As ndarray.__reduce__ writes it, protocols 0 to 4: (version, shape, dtype, is Fortran ordered, bytes).
-        case _Inert("_reconstruct", _, (int(), shape, _Inert("dtype", ("u1" | b"u1", *_)), False, bytes(pixels))):
-            pass
-        # The same for protocol 5.
-        case _Inert("_frombuffer", (bytes() | bytearray() as pixels, _Inert("dtype", ("u1", *_)), shape, "C")):
-            pass
-        case _:
-            shape, pixels = None, b""
+    shape, pixels = bytes_of(batch[b"data"])
     if shape != (records, PIXELS) or len(pixels) != records * PIXELS:
         raise DataError(f"{path}: b'data' must be a uint8 array of shape ({records}, {PIXELS}), C order; {WAY_OUT}")
     images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(records, 3, 32, 32)
     return Split(images, torch.tensor(labels, dtype=torch.int64))
-
-
-def _refuse_bombs(content: bytes) -> None:
-    """An unpickler sets aside as much memory as a few bytes of a stream say: here they must not exceed the stream.
-
-    Walking through the operations reads their arguments only as far as there are any, and sets nothing aside.
-    """
-    for operation, argument, _ in pickletools.genops(content):
-        if "PUT" in operation.name and isinstance(argument, int) and argument > len(content):
-            raise pickle.UnpicklingError(f"it numbers an object {argument} in {len(content)} bytes")
-
-
-class _InertUnpickler(pickle.Unpickler):
-    """Reads plain containers and numbers; the names that a numpy array needs become inert records of their use.
-
-    NumPy itself is never called: its `__setstate__` methods trust their input, which here is a stranger's.
-    """
-
-    def find_class(self, module: str, name: str) -> _Inert:
-        if f"{module}.{name}" not in ARRAY_GLOBALS:
-            raise pickle.UnpicklingError(f"it names the forbidden global {f'{module}.{name}'!r}")
-        return _Inert(name)
-
-
-ARRAY_GLOBALS = {
-    "_codecs.encode",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.numeric._frombuffer",
-    "numpy._core.numeric._frombuffer",
-}
-
-
-class _Inert:
-    """Stands where a pickle names a global: keeps the arguments of a call and the state that is set, runs nothing.
-
-    The exception is `_codecs.encode(text, "latin1")`, how Python 3 writes bytes into the pickles of protocols 0 to 2.
-    """
-
-    __slots__ = __match_args__ = ("name", "args", "state")
-
-    def __init__(self, name: str, args: tuple[Any, ...] = ()) -> None:
-        self.name, self.args, self.state = name, args, None
-
-    def __call__(self, *args: Any) -> bytes | _Inert:
-        return args[0].encode("latin1") if self.name == "encode" else _Inert(self.name, args)
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
 
 
 def _digits(image_size: int) -> ImageSet:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 KINDS = ("learned", "fixed")
@@ -55,23 +49,6 @@ def means(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float | None]:
 def of_checkpoint(checkpoint: Mapping[str, Any]) -> Magnitudes:
     """Of what a run has saved, see `training.read_checkpoint`."""
     return magnitudes(checkpoint["model"], checkpoint["subsets"])
-
-
-def write(found: Magnitudes, path: Path) -> None:
-    """Prints a table of the layers' means and writes every filter's value: {layer: {kind: [...]}} in JSON."""
-    table = Table(title="root mean square of filters (mean)", box=SIMPLE_HEAD)
-    for column in ("layer", *KINDS):
-        table.add_column(column, justify="left" if column == "layer" else "right")
-    for layer, kinds in found.items():
-        table.add_row(layer, *(f"{kinds[kind].mean().item():.4f}" if len(kinds[kind]) else "" for kind in KINDS))
-    Console().print(table)
-    values = {
-        layer: {kind: [round(value, 6) for value in kinds[kind].tolist()] for kind in KINDS}
-        for layer, kinds in found.items()
-    }
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(values) + "\n")
-    os.replace(unfinished, path)
 
 
 def _rms(weight: Tensor, counted: Tensor | None = None) -> Tensor:

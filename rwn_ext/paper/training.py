@@ -94,9 +94,11 @@ class Run:
         self.config, self.ranks = config, Ranks()
         _check(config, self.ranks)
         self.device = torch.device(self.ranks.local_device(config.device))
-        self.images = images.to(self.device)
+        self.images = images.to(self.device) if _fits(images, self.device) else images
+        if config.graph and self.images.train.images.device.type != self.device.type:
+            raise ValueError(f"graph: the images of {images.name} do not fit on {self.device}; leave it out")
         start = None if config.start is None else read_checkpoint(config.start / CHECKPOINT)["model"]
-        self.identity = config.identity(images) | ({} if start is None else {"start": _hash(start)})
+        self.identity = config.identity(images) | {"start": None if start is None else _hash(start)}
         self.model = self.network(config.seed, start)
         self.history: list[dict[str, Any]] = []
         state = self._checkpoint(resume)
@@ -216,7 +218,9 @@ class Run:
         return self._captured_learn
 
     def _rows(self, split: data.Split, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return split.images.index_select(0, rows), split.labels.index_select(0, rows)
+        """On the device, also of a set that is too large for it."""
+        images, labels = split.images.index_select(0, rows), split.labels.index_select(0, rows)
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def step(self, learner: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step of SGD on uint8 images (N, 3, H, W); the loss and the logits before it."""
@@ -292,9 +296,12 @@ class Run:
         if not path.exists():
             raise ValueError(f"{path} does not exist: there is nothing to resume; leave --resume out to start")
         state = read_checkpoint(path)
+        identity = _LATER | state["identity"]
+        if not identity.pop("learn_bn", True):
+            identity["bn"] = "frozen"
         for key, value in self.identity.items():
-            # repr: 1 filter and all of them, 1.0, are equal to Python. Older checkpoints lack the later choices.
-            there = state["identity"].get(key, _LATER.get(key))
+            # repr: 1 filter and all of them, 1.0, are equal to Python.
+            there = identity.get(key)
             if repr(there) != repr(value):
                 raise ValueError(
                     f"{path} is of another run: {key}={there!r} there, {value!r} here; "
@@ -320,8 +327,14 @@ class Run:
         moments = ("exp_avg", "exp_avg_sq") if self.config.optimizer == "adam" else ("momentum_buffer",)
         kept = self.config.optimizer == "adam" or self.config.schedule.momentum
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            if any(group[key] != value for key, value in settings.items()):
+            if any(group[key] != value for key, value in settings.items() if key != "capturable"):
                 raise ValueError("its optimizer has other settings")
+            if "capturable" in settings:
+                # The checkpoint may be of a run that was captured, or not.
+                group["capturable"] = settings["capturable"]
+                device = self.device if group["capturable"] else "cpu"
+                for moments_of in self.optimizer.state.values():
+                    moments_of["step"] = moments_of["step"].to(device)
             for parameter in group["params"] if kept and self.history else ():
                 for moment in moments:
                     if self.optimizer.state[parameter][moment].shape != parameter.shape:
@@ -358,6 +371,14 @@ class Run:
             path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
 
 
+def _fits(images: data.ImageSet, device: torch.device) -> bool:
+    """Whether the images may take their place on the device: half of what is free there at most."""
+    if device.type != "cuda":
+        return True
+    total = sum(split.images.numel() for split in (images.train, images.test))
+    return total <= torch.cuda.mem_get_info(device)[0] // 2
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a run has saved. Raises ValueError for a file that is none or holds code."""
     try:
@@ -374,7 +395,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 # Settings of an optimizer that a run decides; what older checkpoints do not say because there was one choice alone.
-_SETTINGS = ("momentum", "weight_decay", "betas")
+_SETTINGS = ("momentum", "weight_decay", "betas", "capturable")
 _LATER = {"bn": "learned", "dim": 0, "select": "last", "gamma": "ones", "optimizer": "sgd"}
 
 
