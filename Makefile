@@ -44,7 +44,7 @@ gpu-csrc:
 	csrc/checks/run
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo runs
+	rm -rf $(VENV) build *.egg-info demo reproduced runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

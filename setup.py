@@ -140,6 +140,7 @@ def modules():
 setup(
     # rwn_ext/kernels is a link to kernels: packages are named, because no search for them follows links.
     packages=["rwn_ext", "rwn_ext.kernels", "rwn_ext.lean", "rwn_ext.paper"],
+    package_data={"rwn_ext.paper": ["*.toml", "figures/*.toml"]},
     ext_modules=[Extension(name, sources=[]) for name in modules()],
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
 )
