@@ -94,10 +94,10 @@ def memory(
     """Measures one training step on `example`: of the model as it is, and as plain `nn` that learns everything.
 
     The table by layer counts what autograd saves, each storage once and at the first layer that saves it, parameters
-    and buffers not: for plain nn (`rwn_ext.restore`) and for the model now; beside it what the rules of the layers'
-    kinds predict for the model now, and the minimum that the maths needs of one that learns what this one does: for a norm by batch statistics its input; else one bit an element of an activation
-    and the channels that learned weights see; one byte an output of a maximum pooling. The table of a model
-    that cannot be traced is empty.
+    and buffers not: for plain nn (`rwn_ext.restore`) and for the model now. Beside it what the rules of the layers'
+    kinds predict for the model now, and the minimum that the maths needs of one that learns what this one does: for a
+    norm by batch statistics its input; else one bit an element of an activation and the channels that learned weights
+    see; one byte an output of a maximum pooling. The table of a model that cannot be traced is empty.
 
     The step's numbers are the allocator's own: on a CPU the record of its every allocation, on CUDA its statistics.
 
@@ -258,7 +258,7 @@ class _Accountant(fx.Interpreter):
             size = args[0].nbytes
         if size:
             self.minimum[self._label] = self.minimum.get(self._label, 0) + size
-        if torch.is_tensor(result) and result.requires_grad:
+        if n.args and torch.is_tensor(result) and result.requires_grad:
             self._expect(_kept_by(n, module, args[0], result) if n.target not in _LEAN_POOLS else [size])
         elif n.target is block:
             self._expect([size + _statistics(args[1] if len(args) > 1 else kwargs.get("norm"))] if size else [])
@@ -302,7 +302,7 @@ class _Accountant(fx.Interpreter):
         return int(of_output) + dropped
 
 
-_LEAN_POOLS = (pooling.pool, pooling.max_pool2d)
+_LEAN_POOLS = (pooling.pool, pooling.max_pool2d, pooling.avg_pool2d)
 
 
 def _kept_by(node: fx.Node, module: nn.Module | None, input: Any, output: Tensor) -> list[Tensor | int]:

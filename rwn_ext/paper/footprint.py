@@ -60,7 +60,7 @@ class Footprint:
         with console.status(f"measuring a training step of {self.net}"):
             found = memory(self.model, images, loss=lambda y: F.cross_entropy(y, labels), optimizer=optimizer)
         console.print(str(found), highlight=False, soft_wrap=True)
-        results = {"title": self.title, "layers": [asdict(layer) for layer in found.layers]}
+        results: dict[str, Any] = {"title": self.title, "layers": [asdict(layer) for layer in found.layers]}
         results |= {"steps": {name: asdict(getattr(found, name)) for name in ("plain", "now")}}
         unfinished = self.out / "memory.json.part"
         unfinished.write_text(json.dumps(results, indent=1) + "\n")
