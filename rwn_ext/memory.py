@@ -307,12 +307,12 @@ _LEAN_POOLS = (pooling.pool, pooling.max_pool2d, pooling.avg_pool2d)
 
 def _kept_by(node: fx.Node, module: nn.Module | None, input: Any, output: Tensor) -> list[Tensor | int]:
     """What torch keeps for backward of a node outside a block: tensors, or bytes of new ones."""
-    if isinstance(module, PartialConv2d):
+    if isinstance(module, PartialLayer):
         share = _seen_share(module)
         return [input] if share == 1 else [int(share * input.nbytes)]
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return [input, _statistics(module)]
-    if isinstance(module, (nn.Conv2d, nn.GroupNorm, nn.AvgPool2d)):
+    if isinstance(module, (nn.Conv2d, nn.Conv1d, nn.GroupNorm, nn.AvgPool2d)):
         return [input]
     if isinstance(module, nn.Linear):
         return [input] if module.weight.requires_grad else []
