@@ -1,4 +1,4 @@
-"""The paper's programs: `python -m rwn_ext.paper train`, `ensemble`, `tasks`, `transfer`, `magnitudes`, ..."""
+"""The paper's programs: `python -m rwn_ext.paper train`, `sweep`, `reproduce`, `ensemble`, `tasks`, `transfer`, ..."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from rwn_ext.convert import NORMS
 from rwn_ext.paper import data, networks
 from rwn_ext.paper.networks import NAMES
 from rwn_ext.paper.schedules import Schedule, schedule_of
@@ -80,6 +82,34 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, default=1, help="runs at once, each a process (default 1)")
     sweep.add_argument("--budget-epochs", type=int, help="train no run for longer")
     sweep.add_argument("--data", type=Path, metavar="FOLDER", help="as for train")
+    figure = programs.add_parser("reproduce", help="a figure of the paper", description=_reproduce.__doc__)
+    figure.set_defaults(program=_reproduce, needs=("rich", "matplotlib"))
+    figure.add_argument("figure", nargs="*", metavar="FIGURE", help="--list names them")
+    figure.add_argument("--list", action="store_true", help="the figures and the families of networks in each")
+    figure.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR as for train; else small networks on digits")
+    figure.add_argument("--out", type=Path, metavar="FOLDER", default=Path("reproduced"), help="(default: reproduced)")
+    figure.add_argument("--family", nargs="+", default=(), help="of networks (default: the figure's first)")
+    figure.add_argument("--seeds", type=int, help="runs of everything, for mean and spread (default 1)")
+    figure.add_argument("--jobs", type=int, help="runs at once (default: as many as cores or GPUs)")
+    figure.add_argument("--budget-epochs", type=int, help="train no run for longer")
+    figure.add_argument("--rounds", type=int, help="of timing steps (default 9); 0 measures no costs")
+    figure.add_argument("--quick", action="store_true", help="two epochs, one seed, three rounds: to see it work")
+    figure.add_argument("--device", help="as for train")
+    figure.add_argument("--amp", choices=AMP_DTYPES, help="as for train")
+    figure.add_argument("--channels-last", action="store_true", help="as for train")
+    figure.add_argument("--compile", action="store_true", help="as for train")
+    footprint = programs.add_parser("memory", help="what a training step keeps", description=_memory.__doc__)
+    footprint.set_defaults(program=_memory, needs=("rich", "matplotlib"))
+    footprint.add_argument("--net", required=True, help=NAMES)
+    footprint.add_argument("--part", type=_part, help="as for train")
+    footprint.add_argument("--lean", action="store_true", help="keep for backward only what the learned part needs")
+    footprint.add_argument("--norm", choices=NORMS, default="train", help="frozen: BatchNorm is fixed altogether")
+    footprint.add_argument("--batch-size", type=int, default=128)
+    footprint.add_argument("--image-size", type=int, default=32)
+    footprint.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    footprint.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of memory.json and memory.png (default: in runs/)"
+    )
     demo = programs.add_parser("demo", help="what learning less saves, on digits", description=_demo.__doc__)
     demo.set_defaults(program=_demo, needs=("rich", "matplotlib", "sklearn"))
     demo.add_argument("--out", type=Path, metavar="FOLDER", default=Path("demo"))
@@ -155,17 +185,20 @@ def _train(options: argparse.Namespace) -> int:
     from rwn_ext.paper.comparison import compare
     from rwn_ext.paper.progress import train_with_progress
 
-    def prepare() -> Run:
-        if options.compare and Ranks().size > 1:
-            raise ValueError("compare takes turns on one device; start it without torchrun")
-        config = replace(_config(options), start=options.start)
-        images = data.load(options.data, image_size=options.image_size)
-        return Run(replace(config, out=options.out or _folder(config, images.name)), images, resume=options.resume)
-
     def way_on(run: Run) -> str:
         return "--resume continues after the last whole epoch" if run.history else "no epoch was done; start again"
 
-    return _run(prepare, compare if options.compare else train_with_progress, way_on)
+    show = compare if options.compare else train_with_progress
+    return _run(lambda: _prepared(options), show, way_on)
+
+
+def _prepared(options: argparse.Namespace) -> Run:
+    """The run that the train program's flags ask for."""
+    if options.compare and Ranks().size > 1:
+        raise ValueError("compare takes turns on one device; start it without torchrun")
+    config = replace(_config(options), start=options.start)
+    images = data.load(options.data, image_size=options.image_size)
+    return Run(replace(config, out=options.out or _folder(config, images.name)), images, resume=options.resume)
 
 
 def _ensemble(options: argparse.Namespace) -> int:
@@ -256,13 +289,71 @@ def _sweep(options: argparse.Namespace) -> int:
     failed = []
 
     def prepare() -> Sweep:
-        return Sweep(options.file, out, jobs=options.jobs, budget_epochs=options.budget_epochs, data=options.data)
+        return Sweep.of_file(
+            options.file, out, jobs=options.jobs, budget_epochs=options.budget_epochs, data=options.data
+        )
 
     def run(sweep: Sweep) -> None:
         failed.append(sweep.run())
 
     code = _run(prepare, run, _continues)
     return code or int(any(failed))
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    """Trains what a figure of the paper shows and draws it, with the paper's own numbers where the data are its own.
+
+    On the digits each network is a small one of its family, on CIFAR the paper's. Stopped and started again, it
+    continues; finished, it draws anew. Figures that share runs and --out train them once.
+    """
+    from rwn_ext.paper import presets
+    from rwn_ext.paper.reproduce import QUICK, Reproduction
+    from rwn_ext.paper.sweep import flags
+
+    if options.list or not options.figure:
+        for name in presets.names():
+            preset = presets.preset(name)
+            print(f"{name:14} {preset.title} ({', '.join(preset.families)})")
+        return 0
+    shared = {"device": options.device, "amp": options.amp, "channels-last": options.channels_last}
+    shared |= {"compile": options.compile}
+    settings = {"seeds": options.seeds, "budget_epochs": options.budget_epochs, "rounds": options.rounds}
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    failed: list[int] = []
+
+    def run_of(choices: dict[str, Any], out: Path) -> Run:
+        return _prepared(_parser().parse_args(["train", *flags(choices), "--out", str(out)]))
+
+    def prepare() -> list[Reproduction]:
+        return [
+            Reproduction(
+                presets.preset(name), options.data, options.out, prepare=run_of, families=options.family,
+                jobs=options.jobs, machine_flags={key: value for key, value in shared.items() if value},
+                **((QUICK if options.quick else {}) | chosen),
+            )
+            for name in options.figure
+        ]  # fmt: skip
+
+    def run(figures: list[Reproduction]) -> None:
+        failed.extend(figure.run() for figure in figures)
+
+    code = _run(prepare, run, lambda _: "the same command continues")
+    return code or int(any(failed))
+
+
+def _memory(options: argparse.Namespace) -> int:
+    """Measures one training step of a network: what each layer keeps for backward, in plain nn and now; draws it."""
+    from rwn_ext.paper.footprint import Footprint
+
+    def prepare() -> Footprint:
+        part = "all" if options.part is None else f"part{options.part}"
+        choices = [options.net, part, *(["lean"] if options.lean else []), options.norm]
+        return Footprint(
+            options.net, options.part, options.lean, options.norm, options.batch_size, options.image_size,
+            _device(options.device), options.out or Path("runs") / "-".join(["memory", *choices]),
+        )  # fmt: skip
+
+    return _run(prepare, Footprint.show, lambda _: "the same command measures anew")
 
 
 def _demo(options: argparse.Namespace) -> int:
