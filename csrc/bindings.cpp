@@ -89,6 +89,8 @@ PYBIND11_MODULE(_cuda, module) {
       .def_readonly("shared_memory", &Plan::shared_memory)
       .def_readonly("workspace", &Plan::workspace)
       .def_readonly("counters", &Plan::counters)
+      .def_readonly("bytes", &Plan::bytes)
+      .def_readonly("flops", &Plan::flops)
       .def_readonly("microseconds", &Plan::microseconds)
       .def_property_readonly("splits", [](const Plan& plan) { return plan.task.splits; })
       .def_property_readonly("channels_per_block", [](const Plan& plan) { return plan.task.tile_channels; })

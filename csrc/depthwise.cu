@@ -26,12 +26,7 @@ Function of_type(const Plan& plan) {
 }  // namespace
 
 Function depthwise_function(const Plan& plan) {
-  switch (plan.problem.type) {
-    case Type::float32: return of_type<float>(plan);
-    case Type::bfloat16: return of_type<bf16>(plan);
-    case Type::float16: return of_type<f16>(plan);
-  }
-  return nullptr;
+  return pick_type(plan, [&](auto zero) { return of_type<decltype(zero)>(plan); });
 }
 
 }  // namespace rwn

@@ -16,8 +16,9 @@ template <class T, int SIZE, int VECTOR, int AT_ONCE>
 RWN_KERNEL void RWN_BOUNDS(kFfmaThreads, 1) depthwise_kernel(RWN_ARGUMENT Task task) {
   constexpr int kWarps = kFfmaThreads / 32, kColumns = SIZE + AT_ONCE - 1;
   const Geometry& geometry = task.geometry;
-  const int split = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_channel = blockIdx.x * task.tile_channels, channel = first_channel + lane * VECTOR;
+  const Share share = share_of_block(task);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int channel = share.first_channel + lane * VECTOR;
   const bool mine = channel < geometry.channels;
   const T* x = static_cast<const T*>(task.x) + channel * task.x_stride[1];
   const T* gradient[VECTOR];
@@ -29,9 +30,7 @@ RWN_KERNEL void RWN_BOUNDS(kFfmaThreads, 1) depthwise_kernel(RWN_ARGUMENT Task t
   }
   float sums[SIZE][SIZE][VECTOR] = {};
 
-  const int rows = geometry.batch * geometry.out_height;
-  const int begin = split_begin(split, task.splits, rows), end = split_begin(split + 1, task.splits, rows);
-  for (int row = begin + warp; row < end && mine; row += kWarps) {
+  for (int row = share.begin + warp; row < share.end && mine; row += kWarps) {
     const int image = geometry.by_height.quotient(row), p = row - image * geometry.out_height;
     const int64_t gradient_row = image * task.gradient_stride[0] + p * task.gradient_stride[2];
     const T* image_x = x + image * task.x_stride[0];
@@ -73,30 +72,18 @@ RWN_KERNEL void RWN_BOUNDS(kFfmaThreads, 1) depthwise_kernel(RWN_ARGUMENT Task t
     }
   }
 
-  float* result = reinterpret_cast<float*>(shared_memory());
-  const int pitch = task.tile_channels + kTilePad;
-  for (int turn = 0; turn < kWarps; ++turn) {
-    __syncthreads();
-    if (warp != turn) continue;
+  in_turns(kWarps, warp, [&](auto put) {
 #pragma unroll
     for (int tap = 0; tap < SIZE * SIZE; ++tap) {
 #pragma unroll
-      for (int u = 0; u < VECTOR; ++u) {
-        float& place = result[tap * pitch + lane * VECTOR + u];
-        const float sum = sums[tap / SIZE][tap % SIZE][u];
-        place = turn == 0 ? sum : place + sum;
-      }
+      for (int u = 0; u < VECTOR; ++u) put(tile_element(task, tap, lane * VECTOR + u), sums[tap / SIZE][tap % SIZE][u]);
     }
-  }
-  __syncthreads();
-  finish(task, blockIdx.x, split, result, reinterpret_cast<float4*>(result + SIZE * SIZE * pitch),
-         [&](int tap, int at, float sum) {
-           const int filter = first_channel + at;
-           if (filter >= geometry.learned) return;
-           store_result(task,
-                        filter * task.out_stride[0] + tap / SIZE * task.out_stride[2] + tap % SIZE * task.out_stride[3],
-                        sum);
-         });
+  });
+  finish(task, share, [&](int tap, int at, float sum) {
+    const int filter = share.first_channel + at, r = tap / SIZE, s = tap % SIZE;
+    if (filter >= geometry.learned) return;
+    store_result(task, filter * task.out_stride[0] + r * task.out_stride[2] + s * task.out_stride[3], sum);
+  });
 }
 
 }  // namespace rwn

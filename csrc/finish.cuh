@@ -9,6 +9,7 @@
 #include "numbers.h"
 #include "plan.h"
 #include "ptx.h"
+#include "share.cuh"
 
 namespace rwn {
 
@@ -53,11 +54,29 @@ RWN_DEVICE void meet(unsigned* counter, unsigned blocks, bool leader) {
   __syncthreads();
 }
 
-// All threads of the block. `tile` is [tile_columns][tile_channels + kTilePad] floats in shared memory, complete and
-// seen by all threads; `store(column, channel, sum)` takes the results, counted within the tile. `scratch` is 16 bytes a
-// thread of shared memory beside the tile.
+// The block's tile, [tile_columns][tile_channels + kTilePad] from the beginning of shared memory. All else that stood
+// there must have done its work.
+RWN_DEVICE float& tile_element(const Task& task, int column, int channel) {
+  return reinterpret_cast<float*>(shared_memory())[column * (task.tile_channels + kTilePad) + channel];
+}
+
+// All threads of the block: those whose `turn` is 0 call put(set), then those of turn 1, ... call put(add), where
+// set(place, sum) begins a sum and add continues it.
+template <class Put>
+RWN_DEVICE void in_turns(int turns, int turn, Put put) {
+  for (int now = 0; now < turns; ++now) {
+    __syncthreads();
+    if (now == turn) put([now](float& place, float sum) { place = now == 0 ? sum : place + sum; });
+  }
+  __syncthreads();
+}
+
+// All threads of the block, the tile being complete and seen by them all: `store(column, channel, sum)` takes the
+// results, counted within the tile. Behind the tile are 16 bytes a thread of shared memory for the sums.
 template <class Store>
-RWN_DEVICE void finish(const Task& task, int tile_index, int split, const float* tile, float4* scratch, Store store) {
+RWN_DEVICE void finish(const Task& task, const Share& share, Store store) {
+  const float* tile = &tile_element(task, 0, 0);
+  float4* scratch = reinterpret_cast<float4*>(&tile_element(task, task.tile_columns, 0));
   const int channels = task.tile_channels, pitch = channels + kTilePad;
   const int quads_a_column = channels / 4, quads = task.tile_columns * quads_a_column;
   if (task.splits == 1) {
@@ -67,15 +86,16 @@ RWN_DEVICE void finish(const Task& task, int tile_index, int split, const float*
     }
     return;
   }
-  float4* partials = reinterpret_cast<float4*>(task.workspace) + int64_t(tile_index) * task.splits * quads;
+  float4* partials = reinterpret_cast<float4*>(task.workspace) + int64_t(share.tile) * task.splits * quads;
   for (int i = threadIdx.x; i < quads; i += blockDim.x) {
     const int column = i / quads_a_column;
-    partials[int64_t(split) * quads + i] =
+    partials[int64_t(share.split) * quads + i] =
         *reinterpret_cast<const float4*>(tile + column * pitch + (i - column * quads_a_column) * 4);
   }
-  meet(task.counters + tile_index, task.splits, split == 0);
+  meet(task.counters + share.tile, task.splits, share.split == 0);
 
-  const int first = split_begin(split, task.splits, quads), end = split_begin(split + 1, task.splits, quads);
+  const int first = split_begin(share.split, task.splits, quads);
+  const int end = split_begin(share.split + 1, task.splits, quads);
   const int lane = threadIdx.x % kSumLanes, groups = blockDim.x / kSumLanes;
   // Every thread makes the same number of rounds: they meet in each.
   for (int base = first; base < end; base += groups) {
@@ -100,6 +120,13 @@ RWN_DEVICE void finish(const Task& task, int tile_index, int split, const float*
     }
     __syncthreads();
   }
+}
+
+// Likewise for a tile of the matrix product.
+RWN_DEVICE void finish_product(const Task& task, const Share& share) {
+  finish(task, share, [&](int column, int channel, float sum) {
+    store_element(task, share.first_column + column, share.first_channel + channel, sum);
+  });
 }
 
 }  // namespace rwn

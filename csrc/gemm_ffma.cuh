@@ -20,28 +20,23 @@ template <class T, int VECTOR, int COLUMNS>
 RWN_KERNEL void RWN_BOUNDS(kFfmaThreads, 1) gemm_ffma_kernel(RWN_ARGUMENT Task task) {
   constexpr int kWarps = kFfmaThreads / 32, kPixelsAtOnce = 4;
   const Geometry& geometry = task.geometry;
-  const int tile_index = blockIdx.x, split = blockIdx.y;
-  const int column_tile = tile_index / task.channel_tiles;
-  const int first_channel = (tile_index - column_tile * task.channel_tiles) * task.tile_channels;
-  const int first_column = column_tile * COLUMNS, first_filter = geometry.filter_of(first_column);
+  const Share share = share_of_block(task);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int channel = first_channel + lane * VECTOR;
+  const int channel = share.first_channel + lane * VECTOR;
   const T* x = static_cast<const T*>(task.x) + channel * task.x_stride[1];
   float* slab = reinterpret_cast<float*>(shared_memory() + task.slab_offset);
 
   int shift[COLUMNS];
 #pragma unroll
-  for (int j = 0; j < COLUMNS; ++j) shift[j] = geometry.shift(first_column + j, first_filter, task.plane);
+  for (int j = 0; j < COLUMNS; ++j) shift[j] = geometry.shift(share.first_column + j, share.first_filter, task.plane);
   float sums[COLUMNS][VECTOR] = {};
 
-  const int begin = split_begin(split, task.splits, task.tiles);
-  const int end = split_begin(split + 1, task.splits, task.tiles);
-  for (int tile = begin; tile < end; tile += task.chunk_tiles) {
+  for (int tile = share.begin; tile < share.end; tile += task.chunk_tiles) {
     const int first = tile * kTilePixels;
-    const int past = min(min(tile + task.chunk_tiles, end) * kTilePixels, geometry.pixels);
+    const int past = min(min(tile + task.chunk_tiles, share.end) * kTilePixels, geometry.pixels);
     const int origin = geometry.position(first);
     __syncthreads();
-    fill_slab<T>(task, origin, geometry.span(first, past - 1), first_filter, task.slab_filters,
+    fill_slab<T>(task, origin, geometry.span(first, past - 1), share.first_filter, task.slab_filters,
                  [&](int plane, int place, T value) { slab[plane * task.plane + place] = to_float(value); });
     __syncthreads();
     for (int v = first + warp; v < past; v += kWarps * kPixelsAtOnce) {
@@ -72,23 +67,14 @@ RWN_KERNEL void RWN_BOUNDS(kFfmaThreads, 1) gemm_ffma_kernel(RWN_ARGUMENT Task t
     }
   }
 
-  float* result = reinterpret_cast<float*>(shared_memory());
-  const int pitch = task.tile_channels + kTilePad;
-  for (int turn = 0; turn < kWarps; ++turn) {
-    __syncthreads();
-    if (warp != turn) continue;
+  in_turns(kWarps, warp, [&](auto put) {
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
 #pragma unroll
-      for (int u = 0; u < VECTOR; ++u) {
-        float& place = result[j * pitch + lane * VECTOR + u];
-        place = turn == 0 ? sums[j][u] : place + sums[j][u];
-      }
+      for (int u = 0; u < VECTOR; ++u) put(tile_element(task, j, lane * VECTOR + u), sums[j][u]);
     }
-  }
-  __syncthreads();
-  finish(task, tile_index, split, result, reinterpret_cast<float4*>(result + COLUMNS * pitch),
-         [&](int column, int at, float sum) { store_element(task, first_column + column, first_channel + at, sum); });
+  });
+  finish_product(task, share);
 }
 
 }  // namespace rwn

@@ -17,7 +17,7 @@ Function of_type(const Plan& plan) {
 }  // namespace
 
 Function gemm_mma_function(const Plan& plan) {
-  return plan.problem.type == Type::bfloat16 ? of_type<bf16>(plan) : of_type<f16>(plan);
+  return pick_half_type(plan, [&](auto zero) { return of_type<decltype(zero)>(plan); });
 }
 
 }  // namespace rwn

@@ -50,10 +50,7 @@ RWN_DEVICE uint32_t normed_pair(uint32_t word, float scale, float shift, bool le
 template <class T, int WIDTH, bool NORMED>
 RWN_KERNEL void RWN_BOUNDS(kGemmThreads, 2) gemm_mma_kernel(RWN_ARGUMENT Task task) {
   const Geometry& geometry = task.geometry;
-  const int tile_index = blockIdx.x, split = blockIdx.y;
-  const int column_tile = tile_index / task.channel_tiles;
-  const int first_channel = (tile_index - column_tile * task.channel_tiles) * task.tile_channels;
-  const int first_column = column_tile * task.tile_columns, first_filter = geometry.filter_of(first_column);
+  const Share share = share_of_block(task);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warps_across = task.tile_channels / 32;           // warps that share the channels
   const int warp_channel = warp % warps_across * 32, turn = warp / warps_across, turns = 4 / warps_across;
@@ -63,23 +60,24 @@ RWN_KERNEL void RWN_BOUNDS(kGemmThreads, 2) gemm_mma_kernel(RWN_ARGUMENT Task ta
 
   int shift[WIDTH];
 #pragma unroll
-  for (int j = 0; j < WIDTH; ++j) shift[j] = geometry.shift(first_column + j * 8 + lane / 4, first_filter, task.plane);
+  for (int j = 0; j < WIDTH; ++j) {
+    shift[j] = geometry.shift(share.first_column + j * 8 + lane / 4, share.first_filter, task.plane);
+  }
   float norm_scale[4], norm_shift[4];
   if (NORMED) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int channel = first_channel + warp_channel + i * 8 + lane / 4;
+      const int channel = share.first_channel + warp_channel + i * 8 + lane / 4;
       norm_scale[i] = channel < geometry.channels ? task.scale[channel] : 0.f;
       norm_shift[i] = channel < geometry.channels ? task.shift[channel] : 0.f;
     }
   }
   float sums[2][WIDTH][4] = {};
 
-  const int begin = split_begin(split, task.splits, task.tiles);
-  const int end = split_begin(split + 1, task.splits, task.tiles);
+  const int begin = share.begin, end = share.end;
   const int last_pixel = geometry.pixels - 1;
   for (int ahead = 0; ahead < kStages - 1; ++ahead) {
-    if (begin + ahead < end) load_x_stage(task, ring + ahead * stage_bytes, begin + ahead, first_channel);
+    if (begin + ahead < end) load_x_stage(task, ring + ahead * stage_bytes, begin + ahead, share.first_channel);
     copy_commit();
   }
   int chunk_end = begin, origin = 0;
@@ -90,8 +88,8 @@ RWN_KERNEL void RWN_BOUNDS(kGemmThreads, 2) gemm_mma_kernel(RWN_ARGUMENT Task ta
       origin = geometry.position(first);
       // Every warp is through with the slab it is about to overwrite.
       __syncthreads();
-      fill_slab<T>(task, origin, geometry.span(first, min(chunk_end * kTilePixels - 1, last_pixel)), first_filter,
-                   task.slab_filters,
+      fill_slab<T>(task, origin, geometry.span(first, min(chunk_end * kTilePixels - 1, last_pixel)),
+                   share.first_filter, task.slab_filters,
                    [&](int plane, int place, T value) { put_pair_word(slab + plane * task.plane, place, value.bits); });
     }
     // Of the groups committed so far all but the newest kStages - 2 are here: this tile's stage is. The barrier makes it
@@ -99,7 +97,7 @@ RWN_KERNEL void RWN_BOUNDS(kGemmThreads, 2) gemm_mma_kernel(RWN_ARGUMENT Task ta
     copy_wait<kStages - 2>();
     __syncthreads();
     const int ahead = tile + kStages - 1;
-    if (ahead < end) load_x_stage(task, ring + (ahead - begin) % kStages * stage_bytes, ahead, first_channel);
+    if (ahead < end) load_x_stage(task, ring + (ahead - begin) % kStages * stage_bytes, ahead, share.first_channel);
     copy_commit();
 
     const char* stage = ring + (tile - begin) % kStages * stage_bytes;
@@ -137,28 +135,21 @@ RWN_KERNEL void RWN_BOUNDS(kGemmThreads, 2) gemm_mma_kernel(RWN_ARGUMENT Task ta
   }
   copy_wait<0>();
 
-  // The ring and the slab have done their work; the result takes their place.
-  float* result = reinterpret_cast<float*>(shared_memory());
-  const int pitch = task.tile_channels + kTilePad;
-  for (int part = 0; part < turns; ++part) {
-    __syncthreads();
-    if (part != turn) continue;
+  // The ring and the slab have done their work.
+  in_turns(turns, turn, [&](auto put) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int j = 0; j < WIDTH; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          float& place = result[(j * 8 + fragment_column(lane, e)) * pitch + warp_channel + m * 16 +
-                                fragment_row(lane, e)];
-          place = part == 0 ? sums[m][j][e] : place + sums[m][j][e];
+          const int channel = warp_channel + m * 16 + fragment_row(lane, e);
+          put(tile_element(task, j * 8 + fragment_column(lane, e), channel), sums[m][j][e]);
         }
       }
     }
-  }
-  __syncthreads();
-  finish(task, tile_index, split, result, reinterpret_cast<float4*>(result + task.tile_columns * pitch),
-         [&](int column, int at, float sum) { store_element(task, first_column + column, first_channel + at, sum); });
+  });
+  finish_product(task, share);
 }
 
 }  // namespace rwn

@@ -20,10 +20,7 @@ RWN_KERNEL void RWN_BOUNDS(kGemmThreads, 2) gemm_wgmma_kernel(RWN_ARGUMENT Task 
   constexpr int kHalfBytes = kTilePixels * 128, kStageBytes = HALVES * kHalfBytes;
   constexpr int kUnfoldedBytes = WIDTH * kUnfoldedColumnStep;
   const Geometry& geometry = task.geometry;
-  const int tile_index = blockIdx.x, split = blockIdx.y;
-  const int column_tile = tile_index / task.channel_tiles;
-  const int first_channel = (tile_index - column_tile * task.channel_tiles) * task.tile_channels;
-  const int first_column = column_tile * task.tile_columns, first_filter = geometry.filter_of(first_column);
+  const Share share = share_of_block(task);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char* ring = shared_memory();
   char* unfolded = ring + kStages * kStageBytes;
@@ -32,17 +29,18 @@ RWN_KERNEL void RWN_BOUNDS(kGemmThreads, 2) gemm_wgmma_kernel(RWN_ARGUMENT Task 
 
   int shift[WIDTH];
 #pragma unroll
-  for (int j = 0; j < WIDTH; ++j) shift[j] = geometry.shift(first_column + j * 8 + lane / 4, first_filter, task.plane);
+  for (int j = 0; j < WIDTH; ++j) {
+    shift[j] = geometry.shift(share.first_column + j * 8 + lane / 4, share.first_filter, task.plane);
+  }
 
-  const int begin = split_begin(split, task.splits, task.tiles);
-  const int end = split_begin(split + 1, task.splits, task.tiles);
+  const int begin = share.begin, end = share.end;
   const int last_pixel = geometry.pixels - 1;
   const auto order_x_stage = [&](int tile) {
     const int stage = (tile - begin) % kStages;
     arrival_expect(arrivals + stage, kStageBytes);
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      copy_box(ring + stage * kStageBytes + half * kHalfBytes, task.x_map, first_channel + half * 64,
+      copy_box(ring + stage * kStageBytes + half * kHalfBytes, task.x_map, share.first_channel + half * 64,
                tile * kTilePixels, arrivals + stage);
     }
   };
@@ -61,8 +59,8 @@ RWN_KERNEL void RWN_BOUNDS(kGemmThreads, 2) gemm_wgmma_kernel(RWN_ARGUMENT Task 
       chunk_end = min(tile + task.chunk_tiles, end);
       const int first = tile * kTilePixels;
       origin = geometry.position(first);
-      fill_slab<T>(task, origin, geometry.span(first, min(chunk_end * kTilePixels - 1, last_pixel)), first_filter,
-                   task.slab_filters,
+      fill_slab<T>(task, origin, geometry.span(first, min(chunk_end * kTilePixels - 1, last_pixel)),
+                   share.first_filter, task.slab_filters,
                    [&](int plane, int place, T value) { put_pair_word(slab + plane * task.plane, place, value.bits); });
       __syncthreads();
     }
@@ -99,24 +97,21 @@ RWN_KERNEL void RWN_BOUNDS(kGemmThreads, 2) gemm_wgmma_kernel(RWN_ARGUMENT Task 
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) wgmma_results(sums[half]);
 
-  // The ring has done its work for all warps; the result takes its place.
-  __syncthreads();
-  float* result = reinterpret_cast<float*>(shared_memory());
-  const int pitch = task.tile_channels + kTilePad;
+  // The ring has done its work for all warps; after the first barrier the result takes its place.
+  in_turns(1, 0, [&](auto put) {
 #pragma unroll
-  for (int half = 0; half < HALVES; ++half) {
+    for (int half = 0; half < HALVES; ++half) {
 #pragma unroll
-    for (int j = 0; j < WIDTH; ++j) {
+      for (int j = 0; j < WIDTH; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        result[(j * 8 + fragment_column(lane, e)) * pitch + half * 64 + warp * 16 + fragment_row(lane, e)] =
-            sums[half][j * 4 + e];
+        for (int e = 0; e < 4; ++e) {
+          const int channel = half * 64 + warp * 16 + fragment_row(lane, e);
+          put(tile_element(task, j * 8 + fragment_column(lane, e), channel), sums[half][j * 4 + e]);
+        }
       }
     }
-  }
-  __syncthreads();
-  finish(task, tile_index, split, result, reinterpret_cast<float4*>(result + task.tile_columns * pitch),
-         [&](int column, int at, float sum) { store_element(task, first_column + column, first_channel + at, sum); });
+  });
+  finish_product(task, share);
 }
 
 }  // namespace rwn

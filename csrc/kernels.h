@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <utility>
 
+#include "numbers.h"
 #include "plan.h"
 
 namespace rwn {
@@ -19,6 +20,16 @@ Function function_of(const Plan& plan);
 
 // Bit int(Kernel) of what this build holds for a device of this compute capability.
 unsigned kernels_built(int capability);
+
+// The function that `make(T())` gives for the plan's element type T.
+template <class Make>
+Function pick_half_type(const Plan& plan, Make make) {
+  return plan.problem.type == Type::bfloat16 ? make(bf16()) : make(f16());
+}
+template <class Make>
+Function pick_type(const Plan& plan, Make make) {
+  return plan.problem.type == Type::float32 ? make(float()) : pick_half_type(plan, make);
+}
 
 // The function that `make(constant)` gives for the compile-time constant equal to `width`; one of `widths`.
 template <const auto& widths, class Make, std::size_t... I>

@@ -87,6 +87,28 @@ struct Shape {  // what differs between the matrix-product kernels
   int tile_channels, tile_columns, ring_bytes, threads, blocks_per_multiprocessor;
 };
 
+// Bytes read for one position of `filters` neighbouring filters: whole sectors of 32, where filters lie side by side.
+double gradient_bytes(const Problem& p, int filters) {
+  const int64_t wanted = int64_t(filters) * bytes_of(p.type);
+  if (p.gradient_stride[1] != 1) return double(wanted);
+  return double(std::min(ceil_div(wanted, 32) * int64_t(32), std::max(wanted, p.gradient_stride[3] * bytes_of(p.type))));
+}
+
+// The partial tiles, written and read, and the result.
+double result_bytes_of(const Plan& plan) {
+  const Problem& p = plan.problem;
+  const int64_t results = int64_t(p.learned) * (p.depthwise ? 1 : p.channels) * p.kernel_h * p.kernel_w;
+  return double(plan.workspace) * 4 * 2 + double(results) * bytes_of(p.out_type);
+}
+
+// What a multiprocessor is expected to multiply and add; a load from shared memory a product where X comes singly.
+double products_a_nanosecond(const Plan& plan) {
+  if (plan.kernel == Kernel::wgmma) return 2500;
+  if (plan.kernel == Kernel::mma) return 900;
+  const bool narrow = plan.device.capability == 75 || plan.device.capability == 80;  // 64 lanes, later 128
+  return plan.vector == 1 || narrow ? 45 : 90;
+}
+
 // Splits, memory and time for one shape; false where the slab does not fit.
 bool complete(Plan& plan, const Shape& shape) {
   const Problem& p = plan.problem;
@@ -122,17 +144,24 @@ bool complete(Plan& plan, const Shape& shape) {
   plan.workspace = task.splits == 1 ? 0 : int64_t(result_tiles) * task.splits * shape.tile_columns * shape.tile_channels;
   plan.counters = task.splits == 1 ? 0 : result_tiles;
 
+  // What all blocks read and write, each counted for itself: X by those of every tile of columns, the gradient by those
+  // of every tile of channels, and of it the halo by those of two neighbouring splits.
+  const double halo = double(task.plane) / (task.chunk_tiles * kTilePixels);
+  const double values = double(g.out_height) * g.out_width / (double(g.height) * g.width_even);  // a pixel and filter
+  const double tile_bytes = kTilePixels * (double(std::min(shape.tile_channels, g.channels)) * bytes_of(p.type) +
+                                           halo * values * gradient_bytes(p, task.slab_filters));
+  const double tile_products = double(kTilePixels) * shape.tile_channels * shape.tile_columns;
+  plan.bytes = double(task.tiles) * result_tiles * tile_bytes + result_bytes_of(plan);
+  plan.flops = double(task.tiles) * result_tiles * tile_products * 2;
+
   // The most loaded multiprocessor's time, bounded by its share of the bandwidth or by its arithmetic, then the
   // reduction through L2 (taken as twice as fast as memory), and what starting and stopping costs.
   const double share = device.bandwidth / device.multiprocessors;
-  const double tile_bytes = double(kTilePixels) * std::min(shape.tile_channels, g.channels) * bytes_of(p.type);
-  const double tile_products = double(kTilePixels) * shape.tile_channels * shape.tile_columns;
-  const double products_a_nanosecond = plan.kernel == Kernel::ffma ? 90 : plan.kernel == Kernel::mma ? 900 : 2500;
-  const double tile_nanoseconds = std::max(tile_bytes / share, tile_products / products_a_nanosecond);
+  const double tile_nanoseconds = std::max(tile_bytes / share, tile_products / products_a_nanosecond(plan));
   const double rounds = double(plan.blocks) / device.multiprocessors;
-  const double load = std::max(rounds, 1.0) < plan.blocks_per_multiprocessor ? std::ceil(rounds)
-                      : task.splits > 1                                      ? std::ceil(rounds)
-                                        : std::max(rounds, std::floor(rounds) + 0.5);
+  const double load = task.splits > 1 || rounds <= plan.blocks_per_multiprocessor
+                          ? std::ceil(rounds)
+                          : std::max(rounds, std::floor(rounds) + 0.5);
   const double reduction = task.splits == 1 ? 0 : 1500 + double(plan.workspace) * 4 / device.bandwidth;
   plan.microseconds =
       (2500 + load * ceil_div(task.tiles, task.splits) * tile_nanoseconds + reduction) / 1000;
@@ -206,10 +235,19 @@ void plan_depthwise(Plan& plan) {
   plan.blocks = task.channel_tiles * task.splits;
   plan.workspace = task.splits == 1 ? 0 : int64_t(plan.blocks) * task.tile_columns * task.tile_channels;
   plan.counters = task.splits == 1 ? 0 : task.channel_tiles;
-  const double pixels = double(p.batch) * (p.height * p.width + p.out_height * p.out_width);
+  const double outputs = double(p.batch) * p.out_height * p.out_width;
+  const double inputs = double(p.batch) * p.height * p.width;
+  plan.bytes = inputs * p.channels * bytes_of(p.type) +
+               outputs * task.channel_tiles * gradient_bytes(p, std::min(task.tile_channels, p.learned)) +
+               result_bytes_of(plan);
+  const double products = outputs * task.channel_tiles * task.tile_channels * task.tile_columns;
+  plan.flops = 2 * products;
+  // A block has a multiprocessor to itself, whose loads go along with every fourth product: each input value is read
+  // again from L1 for every row of the filter.
   const double busy = std::min(1.0, double(plan.blocks) / device.multiprocessors);
-  // Twice the bytes: each input value is read again from L1 for every row of the filter.
-  plan.microseconds = (4000 + 2 * pixels * p.channels * bytes_of(p.type) / (device.bandwidth * busy)) / 1000;
+  const double work = std::max(2 * plan.bytes / device.bandwidth,
+                               products / products_a_nanosecond(plan) / device.multiprocessors);
+  plan.microseconds = (4000 + work / busy) / 1000;
 }
 
 std::string too_large(const Problem& p) {
@@ -243,7 +281,10 @@ std::string obstacle(const Problem& p, const Device& device, Kernel kernel) {
     return "every size must be at least 1";
   }
   if (auto reason = too_large(p); !reason.empty()) return reason;
-  if ((device.kernels >> int(kernel) & 1) == 0) return "it is not built for this device";
+  // Before what was built: no build has these.
+  if (kernel == Kernel::wgmma && device.capability != 90) return "it needs compute capability 9.0";
+  if (kernel == Kernel::mma && device.capability < 80) return "it needs compute capability 8.0 or newer";
+  if ((device.kernels >> int(kernel) & 1) == 0) return "this build holds no code of it for this device";
   if (kernel == Kernel::depthwise) {
     const auto end = std::end(kDepthwiseSizes);
     if (!p.depthwise) return "it is not depthwise";
@@ -257,12 +298,10 @@ std::string obstacle(const Problem& p, const Device& device, Kernel kernel) {
   if (p.depthwise) return "it is depthwise";
   if (kernel == Kernel::ffma) return p.normed ? "it does not normalise its input" : "";
   if (p.type == Type::float32) return "tensor cores take bfloat16 and float16";
-  if (device.capability < 80) return "it needs compute capability 8.0 or newer";
   if (!channels_last(p) || p.channels % 8 != 0 || !strides_divide_by(p, 8) || !p.aligned) {
     return "it needs a channels_last input with a multiple of 8 channels on a 16-byte boundary";
   }
   if (kernel == Kernel::wgmma) {
-    if (device.capability != 90) return "it needs compute capability 9.0";
     if (p.normed) return "it does not normalise its input";
     if (p.x_stride[2] != p.width * p.x_stride[3] || p.x_stride[0] != p.height * p.x_stride[2] || p.width % 2 != 0) {
       return "it needs a dense input of even width";

@@ -65,6 +65,7 @@ struct Plan {
   int shared_memory;   // bytes
   int64_t workspace;   // floats
   int counters;
+  double bytes, flops;  // read and written by all blocks, from L2 or memory; multiplied and added, padding included
   double microseconds;  // predicted
   Task task;
 };

@@ -6,9 +6,12 @@ model, not yet fitted to measurements. Pure Python, no device needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from rwn_ext import cuda
 from rwn_ext.kernels import tiles
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ class Chip:
     """Of the host's time, for a call of a library through torch."""
     triton_call: float = 8.0e-6
     """Of the host's time, for a launch of a Triton kernel."""
+    cuda_call: float = 12.0e-6
+    """Of the host's time, for a call of a compiled kernel: one launch, its plan looked up, its result allocated."""
 
 
 # The H200's first two rates were measured; the others follow from data sheets in the same proportion. Nominal, all.
@@ -147,9 +152,21 @@ def depthwise(p: Problem) -> Cost:
     return _with_launches(p, Cost(seconds, traffic, flops, 2), triton=True)
 
 
+def compiled(kernel: str, p: Problem) -> Cost:
+    """A kernel of csrc/, as its own planner cuts up and prices the problem: one launch, reduction included."""
+    plan = cuda.planned(p, kernel)
+    seconds = max(1e-6 * plan.microseconds, floor(p).seconds + p.chip.launch)
+    return Cost(max(seconds, p.chip.cuda_call), plan.bytes, plan.flops, 1)
+
+
+Algorithms = dict[str, "Callable[[Problem], Cost]"]
+LIBRARIES: Algorithms = {"full": full, "gather": gather}
 # Of equals the first is taken: the one that is made for fewer problems.
-TRITON = {"depthwise": depthwise, "pointwise": pointwise, "swapped": swapped, "stationary": stationary}
-LIBRARIES = {"full": full, "gather": gather}
+TRITON: Algorithms = {"depthwise": depthwise, "pointwise": pointwise, "swapped": swapped, "stationary": stationary}
+CUDA: Algorithms = {f"cuda_{kernel}": partial(compiled, kernel) for kernel in cuda.KERNELS}
+KERNELS = {"triton": TRITON, "cuda": CUDA}
+"""The kernels of this package by family, in the order of trust: Triton's were proven further."""
+PRICED: Algorithms = LIBRARIES | TRITON | CUDA
 
 
 def _library(p: Problem, filters: int, extra_bytes: float, launches: int) -> Cost:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from rwn_ext.modules import PartialConv2d
+from rwn_ext.partial_layer import PartialLayer
 
 VERSION = 1
 INITS = ("uniform", "normal", "he", "orthogonal", "signed")
@@ -57,13 +57,15 @@ def draw_(model: nn.Module, seed: int, *, init: str = "uniform", layers: Iterabl
     """
     wanted = None if layers is None else set(layers)
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.Linear, PartialConv2d)) or (wanted is not None and name not in wanted):
+        if not isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Linear, PartialLayer)) or (
+            wanted is not None and name not in wanted
+        ):
             continue
         prefix = f"{name}." if name else ""
         shape = module.weight.shape
         weight = draw(seed, prefix + "weight", shape, init=init)
         bias = None if module.bias is None else draw(seed, prefix + "bias", shape[:1], weight_shape=shape, init=init)
-        if isinstance(module, PartialConv2d):
+        if isinstance(module, PartialLayer):
             module.set_initial_(weight, bias)
             continue
         with torch.no_grad():
@@ -81,9 +83,9 @@ def draw(
         raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(INITS)}")
     weight_shape = tuple(shape) if weight_shape is None else tuple(weight_shape)
     count = math.prod(shape)
-    if init != "uniform" and len(shape) == 4:
-        k, c, r, s = shape
-        std = math.sqrt(2 / (k * r * s if init == "normal" else c * r * s))
+    if init != "uniform" and len(shape) > 2:
+        k, c, taps = shape[0], shape[1], math.prod(shape[2:])
+        std = math.sqrt(2 / (k * taps if init == "normal" else c * taps))
         if init == "signed":
             return _fill(seed, name, count, lambda words: torch.where(words >= 2.0**31, std, -std)).view(shape)
         if init == "orthogonal":

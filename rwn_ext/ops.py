@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from rwn_ext import costs, planner
+from rwn_ext import costs, cpu, cuda, planner
 from rwn_ext.planner import Problem, plan
 from rwn_ext.subsets import Subset, run_indices, run_length
 
@@ -468,13 +468,25 @@ def _pixels(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.size(1))
 
 
-def _triton(
-    family: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
-) -> Tensor:
-    """A Triton kernel's gradient, rounded once, from float32 sums to `dtype`."""
+def _kernel(
+    launch: Implementation, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The gradient by one of this package's kernels, rounded once, from float32 sums to `dtype`."""
     if torch.is_grad_enabled() and (grad_output.requires_grad or input.requires_grad):
         # Double backward goes through aten.
         return _gather(grad_output, input, filters, p, groups, dtype)
+    return launch(grad_output, input, filters, p, groups, dtype)
+
+
+def _direct(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty((p.learned, p.channels, *p.kernel_size), dtype=input.dtype, memory_format=memory_format(input))
+    return cpu.weight_grad(grad_output, input, filters, p.kernel_size, p.stride, p.padding, p.dilation, out=out)
+
+
+def _triton(
+    family: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
+) -> Tensor:
     kernels = _triton_kernels()
     shape = (p.learned, p.channels // p.groups, *p.kernel_size)
     out = torch.empty(shape, dtype=dtype, device=input.device, memory_format=memory_format(input))
@@ -482,6 +494,12 @@ def _triton(
         family, grad_output, input, kernels.Filters(filters, grad_output.size(1), groups), p.kernel_size, p.stride,
         p.padding, p.dilation, out=out, precision=p.precision,
     )  # fmt: skip
+
+
+def _cuda(
+    kernel: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
+) -> Tensor:
+    return cuda.weight_grad(grad_output, input, filters, p, kernel=kernel, dtype=dtype)
 
 
 @lru_cache(maxsize=1)
@@ -495,7 +513,9 @@ _ALGORITHMS: dict[str, Implementation] = {
     "gather": _gather,
     "matmul": _matmul,
     "unfold": _unfold,
-    **{family: partial(_triton, family) for family in costs.TRITON},
+    "direct": partial(_kernel, _direct),
+    **{family: partial(_kernel, partial(_triton, family)) for family in costs.TRITON},
+    **{f"cuda_{kernel}": partial(_kernel, partial(_cuda, kernel)) for kernel in cuda.KERNELS},
 }
 
 
@@ -517,7 +537,11 @@ def _flops(p: Problem, algorithm: str) -> int:
     """Multiply-adds, times two, of one weight gradient as it is really computed."""
     chosen = plan(p, algorithm).algorithm
     columns = p.filters if chosen == "full" else p.learned
-    pixels = p.height * p.width if chosen in ("unfold", "stationary") else p.output_size[0] * p.output_size[1]
+    # These multiply every pixel of the input, the others those of the output.
+    over_input = chosen in ("unfold", "stationary") or (
+        chosen in costs.CUDA and p.groups == 1 and p.kernel_size != (1, 1)
+    )
+    pixels = p.height * p.width if over_input else p.output_size[0] * p.output_size[1]
     return 2 * p.batch * pixels * columns * (p.channels // p.groups) * p.kernel_size[0] * p.kernel_size[1]
 
 

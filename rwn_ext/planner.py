@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwn_ext import costs, tuning
+from rwn_ext import costs, cpu, cuda, tuning
 from rwn_ext.costs import Chip
 
 ALGORITHMS = {
@@ -25,13 +25,18 @@ ALGORITHMS = {
     "gather": "the learned filters' grad_output is gathered and the library computes their weight gradient alone",
     "matmul": "1x1 filters: one skinny matrix product of grad_output and input",
     "unfold": "few filters: grad_output is unfolded, the input stays where it is, one matrix product",
+    "direct": "CPU: blocks of the input stay in the first level cache, the gathered grad_output is moved over them",
     "stationary": "Triton: the input is read once where it is, the gathered grad_output is moved over it",
     "swapped": "Triton, more filters than input channels: grad_output is read once, the padded input is moved over it",
     "pointwise": "Triton, 1x1 filters: the visited pixels of the input are read once where they are",
     "depthwise": "Triton, one input channel a group: a sum over pixels of the learned filters' channels alone",
+    "cuda_wgmma": "CUDA, Hopper: as stationary, in one launch, by TMA and wgmma",
+    "cuda_mma": "CUDA, 16-bit types: as stationary, in one launch, by mma.sync",
+    "cuda_ffma": "CUDA, any type: as stationary, in one launch, in float32 arithmetic",
+    "cuda_depthwise": "CUDA, one input channel a group: a sum over pixels in one launch",
 }
 TRITON_IS_INSTALLED = find_spec("triton") is not None
-FAMILIES = {"triton": tuple(costs.TRITON)}
+FAMILIES = {family: tuple(kernels) for family, kernels in costs.KERNELS.items()}
 """Names that stand for the best of several algorithms that share a way to compute."""
 
 
@@ -122,7 +127,7 @@ def plan(problem: Problem, algorithm: str = "auto") -> Plan:
     if algorithm not in FAMILIES:
         return Plan(algorithm, "asked for")
     possible = [name for name in FAMILIES[algorithm] if not _obstacle(problem, name)]
-    best = min(possible, key=lambda name: costs.TRITON[name](problem)[:2])
+    best = min(possible, key=lambda name: costs.PRICED[name](problem)[:2])
     return Plan(best, f"{algorithm} was asked for, of its kernels this is predicted to be the fastest")
 
 
@@ -130,12 +135,16 @@ def check(problem: Problem, algorithm: str) -> None:
     """ValueError, saying why, where this algorithm cannot compute this problem. Compilers trace it."""
     if algorithm == "auto" or problem.learned == 0:
         return
-    obstacle = None
+    obstacles: list[str] = []
     for name in FAMILIES.get(algorithm, (algorithm,)):
         obstacle = _obstacle(problem, name)
         if obstacle is None:
             return
-    raise ValueError(f"algorithm={algorithm!r} cannot compute {problem}: {obstacle}; algorithm='auto' chooses one")
+        if obstacle not in obstacles:
+            obstacles.append(obstacle)
+    raise ValueError(
+        f"algorithm={algorithm!r} cannot compute {problem}: {', '.join(obstacles)}; algorithm='auto' chooses one"
+    )
 
 
 def explain(problem: Problem, algorithm: str | None = None) -> str:
@@ -256,6 +265,10 @@ def _obstacle(p: Problem, algorithm: str) -> str | None:
         return "something is learned" if p.learned else None
     if algorithm in costs.TRITON and _triton_obstacle(p):
         return _triton_obstacle(p)
+    if algorithm in costs.CUDA:
+        return cuda.obstacle(p, algorithm.removeprefix("cuda_"))
+    if algorithm == "direct":
+        return cpu.obstacle(p)
     if algorithm in ("matmul", "unfold", "swapped") and p.groups > 1:
         return f"it needs one group, the learned filters lie in {p.groups}"
     if algorithm in ("matmul", "pointwise") and (p.kernel_size != (1, 1) or p.padding != (0, 0)):
@@ -285,13 +298,16 @@ def _triton_obstacle(p: Problem) -> str | None:
 # The CPU's limits were measured (bench/bench_layers.py; float32): unfolding wins for few filters on deep channels_last
 # inputs; oneDNN computes filters in blocks of a vector register, so a block saved is a gain and less is none; and a few
 # million multiply-adds take less time than a call of the library, of which "full" needs one less.
+# The compiled kernel computes channels 16 or 32 at a time; of fewer than these, too many of its sums are of nothing.
+CPU_DIRECT_CHANNELS = 8
 # Unfolded columns: while they are no more than this many for each input channel, the copy costs less than it spares.
 CPU_UNFOLD_COLUMNS_PER_CHANNEL = 2
 CPU_UNFOLD_CHANNELS = 64
 CPU_FILTER_BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 CPU_CALL_MULTIPLY_ADDS = 4_000_000
-# A prediction is not exact: a Triton kernel is taken where it is predicted to need this share of the library's time.
-TRITON_MARGIN = 0.9
+# A prediction is not exact: a kernel of this package is taken where it is predicted to need this share of the library's
+# time; a CUDA kernel, where it needs this share of a Triton kernel's too. No prediction was compared with a device yet.
+KERNEL_MARGIN = 0.9
 
 
 def _predicted(p: Problem) -> Plan:
@@ -299,18 +315,27 @@ def _predicted(p: Problem) -> Plan:
 
 
 def _by_cost(p: Problem) -> Plan:
-    library = {name: cost(p).seconds for name, cost in costs.LIBRARIES.items()}
-    best = min(library, key=lambda name: library[name])
-    triton = {name: cost(p).seconds for name, cost in costs.TRITON.items() if not _obstacle(p, name)}
-    if triton:
-        fastest = min(triton, key=lambda name: triton[name])
-        if triton[fastest] <= TRITON_MARGIN * library[best]:
-            best, library = fastest, library | triton
-    return Plan(best, f"predicted to be the fastest, {_microseconds(library[best])}")
+    best, least = _cheapest(p, costs.LIBRARIES)
+    for kernels in costs.KERNELS.values():
+        possible = {name: cost for name, cost in kernels.items() if not _obstacle(p, name)}
+        if possible:
+            name, seconds = _cheapest(p, possible)
+            if seconds <= KERNEL_MARGIN * least:
+                best, least = name, seconds
+    return Plan(best, f"predicted to be the fastest, {_microseconds(least)}")
+
+
+def _cheapest(p: Problem, algorithms: costs.Algorithms) -> tuple[str, float]:
+    """The name and the predicted seconds of the fastest."""
+    seconds = {name: cost(p).seconds for name, cost in algorithms.items()}
+    best = min(seconds, key=lambda name: seconds[name])
+    return best, seconds[best]
 
 
 def _by_measured_limits(p: Problem) -> Plan:
     r, s = p.kernel_size
+    if r * s > 1 and p.learned < p.filters and p.channels >= CPU_DIRECT_CHANNELS and not _obstacle(p, "direct"):
+        return Plan("direct", f"{r * s} taps of {p.channels} channels repay the copy of a block")
     blocks, all_blocks = (-(-count // p.groups // CPU_FILTER_BLOCK) for count in (p.learned, p.filters))
     if blocks == all_blocks:
         return Plan("full", f"the learned filters fill as many blocks of {CPU_FILTER_BLOCK} as all do, {blocks}")
@@ -341,7 +366,7 @@ def _priced(p: Problem) -> list[str]:
     if p.device != "cuda":
         return [f"  at least {_megabytes(floor.bytes)} are read and written; no times are predicted here", *measured]
     lines = [f"  floor {_microseconds(floor.seconds)}, {_megabytes(floor.bytes)} at the rates of {p.chip.name}"]
-    for name, cost in (costs.LIBRARIES | costs.TRITON).items():
+    for name, cost in costs.PRICED.items():
         if not _obstacle(p, name):
             priced = cost(p)
             lines.append(

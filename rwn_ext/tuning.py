@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from rwn_ext import cuda
+
 # Raised when an entry's meaning changes; a file of another format is not read.
 FORMAT = 1
 ROUNDS = 7
@@ -35,6 +37,7 @@ def versions() -> dict[str, str | None]:
     return {name: _version(name) for name in ("torch", "triton")} | {
         "cuda": torch.version.cuda,
         "cudnn": str(torch.backends.cudnn.version()) if torch.cuda.is_available() else None,
+        "kernels": f"nvcc {cuda.native.TOOLKIT} for {cuda.native.ARCHITECTURES}" if cuda.native else None,
     }
 
 

@@ -28,16 +28,20 @@ def run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
+def cloned(folder: Path) -> Path:
+    """What git would clone, as it stands here."""
+    for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            # rwn_ext/kernels is a link to a folder
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
 @pytest.mark.parametrize("options", [(), ("--editable",)], ids=["plain", "editable"])
 def test_package_installs_under_build_isolation(tmp_path, options):
     """Into an environment that borrows all but the package; the build fetches what it needs."""
-    clone, venv = tmp_path / "clone", tmp_path / "venv"
-    tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in tracked:
-        if (ROOT / name).exists():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            # rwn_ext/kernels is a link to a folder
-            shutil.copy(ROOT / name, clone / name, follow_symlinks=False)
+    clone, venv = cloned(tmp_path / "clone"), tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     python = venv / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
@@ -67,6 +71,30 @@ def test_a_toolkit_that_does_not_work_fails_the_build(tmp_path, nvcc):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert ("does not work" if nvcc else "holds no bin/nvcc") in done.stdout + done.stderr
+
+
+def built(clone: Path, **environment: str | None) -> subprocess.CompletedProcess:
+    """`setup.py build` of the clone, as every way to install runs it."""
+    changed = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    changed.pop("RWN_EXT_CUDA_ARCHS" if "RWN_EXT_CUDA_ARCHS" not in environment else "", None)
+    return subprocess.run([sys.executable, "setup.py", "build"], cwd=clone, env=changed, capture_output=True, text=True)
+
+
+def test_without_a_toolkit_the_package_is_plain_python_and_says_so_in_a_line(tmp_path):
+    clone = cloned(tmp_path / "clone")
+    done = built(clone, CUDA_HOME=None, PATH=f"{tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("built without CUDA kernels", done.stderr)) == 1
+    assert list(clone.glob("build/lib*/rwn_ext/ops.py")) and not list(clone.glob("build/**/_cuda*"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_a_compile_error_fails_the_build(tmp_path):
+    clone = cloned(tmp_path / "clone")
+    (clone / "csrc/kernels.h").write_text("#error a mistake\n")
+    done = built(clone, RWN_EXT_CUDA_ARCHS="80")
+    assert done.returncode != 0 and "a mistake" in done.stdout + done.stderr
+    assert not list(clone.glob("build/lib*/rwn_ext/_cuda*"))
 
 
 def test_torch_is_not_needed_to_build():

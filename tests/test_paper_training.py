@@ -536,8 +536,8 @@ def test_comparison_trains_the_plain_twin_beside(tmp_path, images, capsys):
     assert json.loads((tmp_path / "run" / "compare.json").read_text()) == result
 
 
-ALIKE = """
-import sys
+WORKER = """
+import os, signal, sys
 import torch
 import torch.distributed as dist
 from rwn_ext.paper.__main__ import main
@@ -551,29 +551,88 @@ def alike(self):
 
 evaluate = Run._evaluate
 Run._evaluate = lambda self: (alike(self), evaluate(self))[1]
+steps, kill_at = 0, os.environ.get("KILL_RANK_1_AT_STEP")
+
+def step(self, *arguments):
+    global steps
+    steps += 1
+    if str(steps) == kill_at and self.ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take_step(self, *arguments)
+
+take_step, Run.step = Run.step, step
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def torchrun(folder: Path, *arguments: str) -> str:
-    """The output of two processes on one machine, whose parameters are alike after every epoch."""
+def torchrun(folder: Path, *arguments: str, kill_at_step: int | None = None) -> subprocess.CompletedProcess:
+    """Two processes on one machine, whose parameters are alike after every epoch; the second may be killed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    (folder / "alike.py").write_text(ALIKE)
-    done = subprocess.run(
-        [*command, "alike.py", "train", *arguments],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    if kill_at_step is not None:
+        environment["KILL_RANK_1_AT_STEP"] = str(kill_at_step)
+    (folder / "worker.py").write_text(WORKER)
+    return subprocess.run(
+        [*command, "worker.py", "train", *arguments],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
-def test_two_processes_train_one_network(tmp_path):
-    arguments = [*QUICK, "--device", "cpu", "--out", "run"]
-    assert torchrun(tmp_path, *arguments).count("best test accuracy") == 1
-    assert len((tmp_path / "run" / LOG).read_text().splitlines()) == 1
-    torchrun(tmp_path, *arguments, "--epochs", "2", "--resume")
-    assert len(state_of(tmp_path / "run")["history"]) == 2
+def log_of(folder: Path) -> list[dict]:
+    """Without the times."""
+    records = map(json.loads, (folder / LOG).read_text().splitlines())
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+@pytest.mark.works_with("torchrun: a run of which a process was killed resumes bit for bit (on a CPU)")
+def test_two_processes_of_which_one_is_killed_resume_bit_for_bit(tmp_path):
+    """An epoch has three steps; the second process dies in the middle of the second epoch."""
+    arguments = [*QUICK, "--device", "cpu", "--epochs", "2"]
+    whole = torchrun(tmp_path, *arguments, "--out", "whole")
+    assert whole.returncode == 0 and whole.stdout.count("best test accuracy") == 1, whole.stdout
+    killed = torchrun(tmp_path, *arguments, "--out", "killed", kill_at_step=5)
+    assert killed.returncode != 0 and "SIGKILL" in killed.stdout, killed.stdout
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")[:1]
+    assert len(state_of(tmp_path / "killed")["history"]) == 1
+    resumed = torchrun(tmp_path, *arguments, "--out", "killed", "--resume")
+    assert resumed.returncode == 0, resumed.stdout
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole") and len(log_of(tmp_path / "whole")) == 2
+    left, right = (state_of(tmp_path / name) for name in ("killed", "whole"))
+    assert_same(left["model"], right["model"])
+    assert_same(left["optimizer"], right["optimizer"])
+
+
+@pytest.mark.parametrize("when", ["half a checkpoint", "before the log"])
+def test_a_process_killed_while_it_writes_leaves_a_whole_checkpoint(tmp_path, images, when, monkeypatch):
+    """It never comes to clean up: an exception that nothing handles stands for the kill."""
+    Run(config(tmp_path / "whole"), images).train(Watcher())
+    broken = Run(config(tmp_path / "broken"), images)
+    epochs = broken.epochs(Watcher())
+    next(epochs)
+    save = torch.save
+
+    def save_half(state, path):
+        save(state, path)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        raise KeyboardInterrupt
+
+    def write_no_log(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if when == "half a checkpoint":
+            patch.setattr(torch, "save", save_half)
+        else:
+            patch.setattr(Run, "_write_log", write_no_log)
+        with pytest.raises(KeyboardInterrupt):
+            next(epochs)
+    assert len(log_of(tmp_path / "broken" / "run")) == 1
+    assert len(state_of(tmp_path / "broken" / "run")["history"]) == (1 if when == "half a checkpoint" else 2)
+    Run(config(tmp_path / "broken"), images, resume=True).train(Watcher())
+    left, right = tmp_path / "broken" / "run", tmp_path / "whole" / "run"
+    assert log_of(left) == log_of(right) and sorted(p.name for p in left.iterdir()) == [CHECKPOINT, LOG]
+    assert_same(state_of(left)["model"], state_of(right)["model"])
 
 
 def test_version_and_help_need_no_extra(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwn_ext import PartialConv2d, costs, planner
+from rwn_ext import PartialConv2d, convert, costs, cpu, cuda, planner
 from rwn_ext.planner import ALGORITHMS, FAMILIES, Problem, explain, plan
 
 
@@ -23,7 +23,17 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
+@pytest.fixture
+def no_cuda_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "native", None)
+
+
+needs_module = pytest.mark.skipif(
+    cuda.native is None, reason="rwn_ext._cuda is not built here: no nvcc, or not in place"
+)
 LAYER = Problem(2, 64, 32, 32, 64, 6, (3, 3), padding=(1, 1), channels_last=True)
+HALF = {"dtype": "bfloat16"}
+OLD = replace(costs.A100, name="V100", arch=70)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +53,28 @@ LAYER = Problem(2, 64, 32, 32, 64, 6, (3, 3), padding=(1, 1), channels_last=True
     ],
     ids=str,
 )
-def test_heuristic(change: dict, picked: str):
+def test_heuristic(change: dict, picked: str, without_cpu_kernel):
     chosen = plan(replace(LAYER, **change))
     assert chosen.algorithm == picked and chosen.reason
+
+
+@pytest.mark.skipif(cpu.native is None, reason="rwn_ext was built without a C++ compiler")
+@pytest.mark.parametrize(
+    ("change", "direct"),
+    [
+        ({}, True),
+        ({"learned": 63, "stride": (2, 2), "channels_last": False}, True),
+        ({"batch": 1, "height": 4, "width": 4}, True),
+        ({"learned": 64}, False),
+        ({"channels": 3}, False),
+        ({"groups": 2}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"kernel_size": (1, 1), "padding": (0, 0)}, False),
+    ],
+    ids=str,
+)
+def test_heuristic_with_the_cpu_kernel(change: dict, direct: bool):
+    assert (plan(replace(LAYER, **change)).algorithm == "direct") == direct
 
 
 @pytest.mark.parametrize(
@@ -64,6 +93,18 @@ def test_heuristic(change: dict, picked: str):
         ({"device": "cuda", "chip": replace(costs.A100, arch=75)}, "triton", "sm_75"),
         ({"device": "mps"}, "stationary", "GPU"),
         ({"batch": 2**25}, "stationary", "32 bits"),
+        ({}, "cuda", "built|need a GPU, not cpu"),
+        pytest.param({"device": "mps"}, "cuda_mma", "not mps", marks=needs_module),
+        pytest.param({"device": "cuda", "dtype": "float64"}, "cuda", "not float64", marks=needs_module),
+        pytest.param({"device": "cuda"}, "cuda_mma", "take bfloat16 and float16", marks=needs_module),
+        pytest.param({"device": "cuda", "groups": 4}, "cuda", "one group", marks=needs_module),
+        pytest.param(
+            {"device": "cuda", "channels_last": False} | HALF, "cuda_mma", "channels_last", marks=needs_module
+        ),
+        pytest.param({"device": "cuda", "chip": costs.A100} | HALF, "cuda_wgmma", "9.0", marks=needs_module),
+        pytest.param({"device": "cuda", "batch": 2**25}, "cuda", "32-bit", marks=needs_module),
+        pytest.param({"device": "cuda"}, "cuda_depthwise", "not depthwise", marks=needs_module),
+        pytest.param({"device": "cuda", "chip": OLD}, "cuda", "no code of it for this device", marks=needs_module),
     ],
     ids=str,
 )
@@ -75,11 +116,25 @@ def test_what_cannot_be_is_refused_with_a_reason(change: dict, algorithm: str, w
         assert any(line.strip().startswith(f"cannot be {name}: ") for line in explain(problem).splitlines())
 
 
+def test_what_a_family_cannot_do_is_told_of_all_its_members_once():
+    with pytest.raises(ValueError) as refused:
+        plan(replace(LAYER, device="mps"), "cuda")
+    assert str(refused.value).count("CUDA kernels") == 1
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_forcing_is_obeyed_and_a_layer_that_learns_nothing_needs_nothing(algorithm: str, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert plan(replace(LAYER, learned=0), algorithm).algorithm == "none"
-    if algorithm != "none":
+    if algorithm in costs.CUDA:
+        depthwise = {"groups": 64, "learned": 64} if algorithm == "cuda_depthwise" else {}
+        possible = replace(LAYER, device="cuda", dtype="bfloat16", **depthwise)
+        if cuda.native is None:
+            with pytest.raises(ValueError, match="without CUDA kernels"):
+                plan(possible, algorithm)
+            return
+        assert plan(possible, algorithm).algorithm == algorithm
+    elif algorithm != "none":
         groups = 64 if algorithm == "depthwise" else 1
         possible = replace(LAYER, kernel_size=(1, 1), padding=(0, 0), groups=groups)
         assert plan(possible, algorithm).algorithm == algorithm
@@ -110,7 +165,75 @@ def test_on_a_cpu_triton_is_never_the_planner_s_choice(monkeypatch: pytest.Monke
     assert not set(planner.candidates(LAYER)) & set(costs.TRITON)
 
 
-def test_without_a_gpu_or_triton_it_says_so(no_interpreter, monkeypatch: pytest.MonkeyPatch):
+@needs_module
+@pytest.mark.parametrize(
+    ("change", "picked"),
+    [
+        ({}, "cuda_wgmma"),
+        ({"width": 55}, "cuda_mma"),
+        ({"chip": costs.A100}, "cuda_mma"),
+        ({"chip": replace(costs.A100, name="T4", arch=75)}, "cuda_ffma"),
+        ({"dtype": "float32", "precision": "ieee"}, "cuda_ffma"),
+        ({"channels": 60}, "cuda_ffma"),
+        ({"groups": 64, "learned": 64}, "cuda_depthwise"),
+    ],
+    ids=str,
+)
+def test_cuda_stands_for_its_best_kernel(change: dict, picked: str):
+    problem = replace(LAYER, batch=256, height=56, width=56, device="cuda", dtype="bfloat16")
+    assert plan(replace(problem, **change), "cuda").algorithm == picked
+
+
+@needs_module
+def test_a_family_is_taken_only_where_it_is_predicted_to_gain_a_tenth(monkeypatch: pytest.MonkeyPatch):
+    """Over the library, and over the families before it."""
+    problem = replace(LAYER, device="cuda", dtype="bfloat16")
+
+    def picked(library: float, triton: float, cuda: float) -> str:
+        plan.cache_clear()
+        for family, seconds in ((costs.LIBRARIES, library), (costs.TRITON, triton), (costs.CUDA, cuda)):
+            for name in family:
+                monkeypatch.setitem(family, name, lambda p, seconds=seconds: costs.Cost(seconds, 0, 0, 1))
+        return plan(problem).algorithm
+
+    assert picked(1.0, 0.91, 0.91) == "full"
+    assert picked(1.0, 0.8, 0.75) == "swapped"
+    assert picked(1.0, 0.8, 0.7) == "cuda_wgmma"
+    assert picked(1.0, 2.0, 0.89) == "cuda_wgmma"
+
+
+@needs_module
+def test_the_cost_of_a_compiled_kernel_by_hand():
+    """bfloat16 on an H200, 128 x 32 x 32 pixels of 160 channels, 2 of 160 filters 3x3: 18 columns, 24 computed."""
+    problem = Problem(
+        128, 160, 32, 32, 160, 2, (3, 3), padding=(1, 1), device="cuda", channels_last=True, dtype="bfloat16"
+    )
+    native = cuda.planned(problem, "wgmma")
+    assert (native.kernel, native.width, native.channels_per_block, native.columns_per_block) == ("wgmma", 3, 64, 24)
+    assert native.splits == 2 * 132 // 3 and native.workspace == 3 * native.splits * 64 * 24
+    pixels = 128 * 32 * 32
+    cost = costs.CUDA["cuda_wgmma"](problem)
+    assert cost.launches == 1 and cost.flops == 2 * pixels * 192 * 24
+    # The input once (192 channels of it), each partial sum written and read, and the gradient's sectors of 32 bytes for
+    # each of 3 tiles, with a halo.
+    least = 2 * pixels * 192 + 8 * native.workspace + 2 * 160 * 18 + 3 * 32 * pixels
+    assert least <= cost.bytes <= 1.2 * least
+    assert costs.floor(problem).seconds < cost.seconds < 100e-6
+    for kernel in cuda.KERNELS[:3]:
+        assert f"  cuda_{kernel} predicted: " in explain(problem)
+
+
+def test_without_cuda_kernels_it_says_so(no_cuda_kernels):
+    on_gpu = replace(LAYER, device="cuda", dtype="bfloat16")
+    with pytest.raises(
+        ValueError, match=r"algorithm='cuda' cannot compute .*: rwn_ext was built without CUDA kernels;"
+    ):
+        plan(on_gpu, "cuda")
+    assert "cannot be cuda_mma: rwn_ext was built without CUDA kernels" in explain(on_gpu)
+    assert plan(on_gpu).algorithm not in costs.CUDA
+
+
+def test_without_a_gpu_or_triton_it_says_so(no_interpreter, no_cuda_kernels, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="GPU, or TRITON_INTERPRET=1"):
         plan(LAYER, "triton")
     assert "cannot be stationary: Triton kernels need a GPU, or TRITON_INTERPRET=1" in explain(LAYER)
@@ -138,14 +261,17 @@ def gpu_problems(draw) -> Problem:
 
 @given(problem=gpu_problems())
 def test_on_a_gpu_nothing_is_picked_that_is_predicted_slower_than_the_library(problem: Problem):
-    predicted = {name: cost(problem).seconds for name, cost in (costs.LIBRARIES | costs.TRITON).items()}
+    predicted = {
+        name: cost(problem).seconds for name, cost in costs.PRICED.items() if not planner._obstacle(problem, name)
+    }
     picked = plan(problem).algorithm
     best = min(predicted[name] for name in costs.LIBRARIES)
-    assert predicted[picked] == best or (picked in costs.TRITON and predicted[picked] < best)
+    assert predicted[picked] == best or (picked not in costs.LIBRARIES and predicted[picked] < best)
+    if picked in costs.CUDA:
+        assert all(predicted[picked] < predicted[name] for name in costs.TRITON if name in predicted)
     floor = costs.floor(problem)
-    for name, cost in (costs.LIBRARIES | costs.TRITON).items():
-        if not planner._obstacle(problem, name):
-            assert cost(problem).seconds >= floor.seconds, name
+    for name, seconds in predicted.items():
+        assert seconds >= floor.seconds, name
 
 
 @pytest.mark.parametrize("chip", costs.CHIPS, ids=lambda chip: chip.name)
@@ -159,7 +285,7 @@ def test_an_unknown_chip_is_an_a100_of_its_size():
     assert (found.name, found.arch, found.bandwidth) == ("NVIDIA L4", 89, costs.A100.bandwidth / 2)
 
 
-def test_explain_on_a_gpu_shows_times_bytes_and_the_floor():
+def test_explain_on_a_gpu_shows_times_bytes_and_the_floor(no_cuda_kernels):
     """Bytes by hand: bfloat16, 128 x 32 x 32 pixels; 160 channels of input, 2 of 160 filters, 3x3."""
     problem = Problem(
         128, 160, 32, 32, 160, 2, (3, 3), padding=(1, 1), device="cuda", channels_last=True, dtype="bfloat16"
@@ -173,7 +299,22 @@ def test_explain_on_a_gpu_shows_times_bytes_and_the_floor():
     assert "pointwise predicted" not in text
 
 
-def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch):
+def test_every_way_to_ask_for_cuda_is_refused_alike_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    x = torch.randn(1, 4, 5, 5)
+    refused = pytest.raises(
+        ValueError, match=r"algorithm='cuda' cannot compute .*(built without CUDA|need a GPU, not cpu)"
+    )
+    model = convert(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3)), trainable=2, algorithm="cuda")
+    with refused:
+        model(x)
+    with refused:
+        explain(LAYER, "cuda")
+    monkeypatch.setenv("RWN_EXT_ALGORITHM", "cuda")
+    with refused:
+        PartialConv2d(4, 8, 3, trainable=2)(x)
+
+
+def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch, without_cpu_kernel):
     text = explain(LAYER)
     for part in (
         "6 of 64 filters 3x3",
@@ -193,9 +334,9 @@ def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch):
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="algorithm='fast' is unknown; choose auto, none, full"):
         planner.requested("fast")
-    with pytest.raises(ValueError, match=r"depthwise, triton$"):
+    with pytest.raises(ValueError, match=r"depthwise, triton, cuda$"):
         planner.requested("fast")
-    assert planner.requested("triton") == "triton"
+    assert planner.requested("triton") == "triton" and planner.requested("cuda") == "cuda"
     monkeypatch.setenv("RWN_EXT_ALGORITHM", "")
     with pytest.raises(ValueError, match="RWN_EXT_ALGORITHM=''"):
         planner.requested(None)

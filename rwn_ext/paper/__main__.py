@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rwn_ext.convert import NORMS
 from rwn_ext.paper import data, networks
 from rwn_ext.paper.networks import NAMES
 from rwn_ext.paper.schedules import Schedule, schedule_of
@@ -97,6 +98,18 @@ def _parser() -> argparse.ArgumentParser:
     figure.add_argument("--amp", choices=AMP_DTYPES, help="as for train")
     figure.add_argument("--channels-last", action="store_true", help="as for train")
     figure.add_argument("--compile", action="store_true", help="as for train")
+    footprint = programs.add_parser("memory", help="what a training step keeps", description=_memory.__doc__)
+    footprint.set_defaults(program=_memory, needs=("rich", "matplotlib"))
+    footprint.add_argument("--net", required=True, help=NAMES)
+    footprint.add_argument("--part", type=_part, help="as for train")
+    footprint.add_argument("--lean", action="store_true", help="keep for backward only what the learned part needs")
+    footprint.add_argument("--norm", choices=NORMS, default="train", help="frozen: BatchNorm is fixed altogether")
+    footprint.add_argument("--batch-size", type=int, default=128)
+    footprint.add_argument("--image-size", type=int, default=32)
+    footprint.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    footprint.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of memory.json and memory.png (default: in runs/)"
+    )
     demo = programs.add_parser("demo", help="what learning less saves, on digits", description=_demo.__doc__)
     demo.set_defaults(program=_demo, needs=("rich", "matplotlib", "sklearn"))
     demo.add_argument("--out", type=Path, metavar="FOLDER", default=Path("demo"))
@@ -326,6 +339,21 @@ def _reproduce(options: argparse.Namespace) -> int:
 
     code = _run(prepare, run, lambda _: "the same command continues")
     return code or int(any(failed))
+
+
+def _memory(options: argparse.Namespace) -> int:
+    """Measures one training step of a network: what each layer keeps for backward, in plain nn and now; draws it."""
+    from rwn_ext.paper.footprint import Footprint
+
+    def prepare() -> Footprint:
+        part = "all" if options.part is None else f"part{options.part}"
+        choices = [options.net, part, *(["lean"] if options.lean else []), options.norm]
+        return Footprint(
+            options.net, options.part, options.lean, options.norm, options.batch_size, options.image_size,
+            _device(options.device), options.out or Path("runs") / "-".join(["memory", *choices]),
+        )  # fmt: skip
+
+    return _run(prepare, Footprint.show, lambda _: "the same command measures anew")
 
 
 def _demo(options: argparse.Namespace) -> int:
