@@ -78,6 +78,16 @@ def test_ensemble_is_the_mean_of_what_its_files_hold(tmp_path, start_epochs, opt
     assert said["stored_bytes"] >= sum(row["stored_bytes"] for row in said["rows"])
 
 
+def test_ensemble_takes_the_class_of_the_mean(tmp_path):
+    """Class 1, which neither member thinks the likeliest."""
+    row = {"accuracy": 0.0, "stored_bytes": 1, "full_bytes": 10}
+    said = ([0.6, 0.4, 0.0], [0.0, 0.45, 0.55])
+    outcomes = [experiments.Outcome(row, torch.tensor([values]), torch.tensor([1])) for values in said]
+    summary = experiments.ensemble(config(tmp_path), bright(), 2, 0).summary(outcomes, 7)
+    assert summary["ensemble_accuracy"] == 100 and summary["mean_member_accuracy"] == 0
+    assert summary["stored_bytes"] == 2 and summary["full_bytes"] == 20
+
+
 def test_ensemble_continues_and_repeats_nothing(tmp_path, monkeypatch):
     images = bright()
     experiment = experiments.ensemble(config(tmp_path), images, 2, 1)

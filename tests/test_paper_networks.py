@@ -188,11 +188,11 @@ def _is_norm(module: nn.Module) -> bool:
 
 @pytest.mark.parametrize("init", ["he", "orthogonal", "signed"])
 def test_fixed_weights_can_be_of_other_distributions(init):
-    network = build("wrn-16-2", 10, 0.1, frozen=init, seed=2)
-    again = build("wrn-16-2", 10, 0.1, frozen=init, seed=2)
-    conv = network.block2[1].conv1
+    network = build("wrn-10-2", 10, 0.1, frozen=init, seed=2)
+    again = build("wrn-10-2", 10, 0.1, frozen=init, seed=2)
+    conv = network.block2[0].conv2
     weight, std = conv.weight.detach(), math.sqrt(2 / (64 * 9))
-    assert conv.frozen == "random" and network.init == init and torch.equal(weight, again.block2[1].conv1.weight)
+    assert conv.frozen == "random" and network.init == init and torch.equal(weight, again.block2[0].conv2.weight)
     assert weight.std().item() == pytest.approx(std, rel=0.03)
     if init == "signed":
         assert weight.abs().unique().numel() == 1 and abs((weight > 0).double().mean() - 0.5) < 0.02
