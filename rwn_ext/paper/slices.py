@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwn_ext import ops
-from rwn_ext.partial_layer import FROZEN
 from rwn_ext.ops import Pair
+from rwn_ext.partial_layer import FROZEN
 from rwn_ext.subsets import choose
 
 
