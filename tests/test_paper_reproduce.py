@@ -105,7 +105,7 @@ def test_an_ensemble_beside_the_paper(tmp_path, monkeypatch):
     pretend(figure, lambda choices: 72.0)
     assert figure.run() == 0
     page = (tmp_path / "ensembles" / "figure.md").read_text()
-    assert "| fc | fixed at random | 69.00 | 68.50 | 72.00 | 1 | 70.25 | +1.75 | 1,000 |" in page
+    assert "| fc | fixed as trained | 69.00 | 68.50 | 72.00 | 1 | 70.25 | +1.75 | 1,000 |" in page
 
 
 def test_a_page_beside_the_paper(tmp_path, monkeypatch):

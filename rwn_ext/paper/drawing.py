@@ -47,9 +47,10 @@ def page(results: dict[str, Any]) -> str:
         lines += [f"## {net}, {own[0]['epochs']} epochs, {results['data']}", ""]
         lines += [_line([name for name, _ in columns]), _line(["---"] + ["---:"] * (len(columns) - 1))]
         lines += [_line([cells[i] for _, cells in columns]) for i in range(len(own))] + [""]
-    lines.append(
-        "Accuracy is the highest test accuracy over the epochs: mean and, over several seeds, standard deviation."
-    )
+    if results["draw"] in ("ensemble", "task", "transfer"):
+        lines.append("Accuracy is that of the stored networks, on the test set after the last epoch; mean over seeds.")
+    else:
+        lines.append("Accuracy is the highest test accuracy over the epochs: mean and standard deviation over seeds.")
     if any(row["paper"] for row in rows):
         sources = dict.fromkeys(row["paper"]["source"] for row in rows if row["paper"])
         lines.append(
@@ -97,7 +98,12 @@ def _mark(mark: dict[str, Any] | None, row: dict[str, Any]) -> str:
 
 
 def _fixed(row: dict[str, Any]) -> str:
-    return "" if row["learned"] == "all" else FIXED.get(row.get("frozen", "random"), row.get("frozen", ""))
+    if row["learned"] == "all":
+        return ""
+    # What begins with a trained network fixes trained weights.
+    return (
+        "fixed as trained" if row.get("start-epochs") else FIXED.get(row.get("frozen", "random"), row.get("frozen", ""))
+    )
 
 
 def _number(key: str, form: str, unit: float = 1) -> Any:
@@ -171,6 +177,8 @@ def _over_categories(axis: Axes, rows: Rows, draw: str) -> None:
     places = {name: i for i, name in enumerate(_categories(rows, draw))}
     style = "o-" if draw == "learned" else "o"
     for color, (name, own) in zip(COLORS, _groups(rows, draw).items(), strict=False):
+        if draw == "transfer":
+            name = "one part learned"
         own = sorted(own, key=lambda row: places[_category(row, draw)])
         _points(axis, own, [places[_category(row, draw)] for row in own], name, color, style)
     axis.set_xticks(range(len(places)), list(places))
