@@ -1,9 +1,10 @@
-"""What is compiled, with what: the Python packages, and `rwn_ext._cuda` from csrc/ where an nvcc is found.
+"""What is compiled, with what: the Python packages, `rwn_ext._cpu` from csrc/cpu/ where a C++ compiler is found, and
+`rwn_ext._cuda` from csrc/ where an nvcc is.
 
-CMake and ninja drive nvcc; torch is not needed to build. nvcc is sought in CUDA_HOME, on PATH and among the packages
-of this Python. None: the package is plain Python, and says so. One that does not work, or a compile error: the build
-fails. RWN_EXT_CUDA_ARCHS ("80;90a", or "none" for no kernels) overrides the architectures. What was compiled stays in
-build/, so that a second build compiles what changed. Metadata stands in pyproject.toml.
+CMake and ninja drive the compilers; torch is not needed to build. nvcc is sought in CUDA_HOME, on PATH and among the
+packages of this Python. None: the package goes without, and says so. One that does not work, or a compile error: the
+build fails. RWN_EXT_CUDA_ARCHS ("80;90a", or "none" for no kernels) overrides the architectures. What was compiled
+stays in build/, so that a second build compiles what changed. Metadata stands in pyproject.toml.
 """
 
 import hashlib
@@ -21,6 +22,13 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = ("75", "80", "90a", "100")
+
+
+def find_compiler():
+    """The C++ compiler that CMake will take, or None."""
+    named = os.environ.get("CXX", "").split()
+    candidates = named[:1] or ["c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, candidates)), None)
 
 
 def find_nvcc():
@@ -62,53 +70,77 @@ def tool(name):
     beside = shutil.which(name, path=str(Path(sys.executable).parent))
     found = beside or shutil.which(name)
     if not found:
-        sys.exit(f"building the CUDA kernels needs {name}: python -m pip install {name}")
+        sys.exit(f"building the kernels needs {name}: python -m pip install {name}")
     return found
+
+
+def cpu_settings():
+    """CMake's settings for csrc/cpu, and what they depend on."""
+    return {}, find_compiler()
+
+
+def cuda_settings():
+    """Likewise for csrc."""
+    nvcc = find_nvcc()
+    settings = {"CMAKE_CUDA_COMPILER": nvcc, "RWN_ARCHS": ";".join(architectures(nvcc))}
+    return settings, f"{nvcc} {output_of(nvcc, '--version')}"
 
 
 class BuildKernels(build_ext):
     def build_extension(self, extension):
-        nvcc = find_nvcc()
-        archs = ";".join(architectures(nvcc))
         import pybind11
 
+        source, settings_of = KERNELS[extension.name]
+        settings, compiler = settings_of()
         if "CMAKE_BUILD_PARALLEL_LEVEL" not in os.environ:
             os.environ["CMAKE_BUILD_PARALLEL_LEVEL"] = str(len(os.sched_getaffinity(0)))
-        # One folder for each Python and toolkit: CMake cannot change its compiler.
-        key = hashlib.sha256(f"{nvcc} {output_of(nvcc, '--version')}".encode()).hexdigest()[:8]
-        folder = ROOT / "build" / f"csrc-{sys.implementation.cache_tag}-{key}"
+        # One folder for each Python and compiler: CMake cannot change its compiler.
+        module, key = extension.name.rpartition(".")[2], hashlib.sha256(str(compiler).encode()).hexdigest()[:8]
+        folder = ROOT / "build" / f"csrc{module}-{sys.implementation.cache_tag}-{key}"
         cmake, ninja = tool("cmake"), tool("ninja")
-        settings = {
+        settings |= {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": ninja,
-            "CMAKE_CUDA_COMPILER": nvcc,
-            "RWN_ARCHS": archs,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         defines = [f"-D{name}={value}" for name, value in settings.items()]
-        subprocess.run([cmake, "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", *defines], check=True)
-        subprocess.run([cmake, "--build", folder, "--target", "_cuda"], check=True)
+        subprocess.run([cmake, "-S", ROOT / source, "-B", folder, "-G", "Ninja", *defines], check=True)
+        subprocess.run([cmake, "--build", folder, "--target", module], check=True)
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        (built,) = folder.glob(f"_cuda*{target.suffix}")
+        (built,) = folder.glob(f"{module}*{target.suffix}")
         shutil.copy2(built, target)
 
 
 class BuildPython(build_py):
     def run(self):
-        if not self.distribution.ext_modules:
+        built = [extension.name for extension in self.distribution.ext_modules or ()]
+        if "rwn_ext._cpu" not in built:
+            print("rwn_ext: no C++ compiler in CXX or on PATH: built without the CPU kernel", file=sys.stderr)
+        if "rwn_ext._cuda" not in built:
             print(
                 "rwn_ext: no nvcc in CUDA_HOME or on PATH (or none wanted): built without CUDA kernels", file=sys.stderr
             )
         super().run()
 
 
-wanted = os.environ.get("RWN_EXT_CUDA_ARCHS") != "none"
-nvcc = find_nvcc() if wanted and sys.platform == "linux" else None
+# Where the source of each module lies, and how it is compiled.
+KERNELS = {"rwn_ext._cpu": ("csrc/cpu", cpu_settings), "rwn_ext._cuda": ("csrc", cuda_settings)}
+
+
+def modules():
+    """The compiled modules that this machine can build."""
+    if sys.platform == "linux" and find_compiler():
+        yield "rwn_ext._cpu"
+    if sys.platform == "linux" and os.environ.get("RWN_EXT_CUDA_ARCHS") != "none" and find_nvcc():
+        yield "rwn_ext._cuda"
+
+
 setup(
     # rwn_ext/kernels is a link to kernels: packages are named, because no search for them follows links.
     packages=["rwn_ext", "rwn_ext.kernels", "rwn_ext.lean", "rwn_ext.paper"],
-    ext_modules=[Extension("rwn_ext._cuda", sources=[])] if nvcc else [],
+    package_data={"rwn_ext.paper": ["*.toml", "figures/*.toml"]},
+    ext_modules=[Extension(name, sources=[]) for name in modules()],
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
 )

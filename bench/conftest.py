@@ -6,15 +6,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import machine
 from bench.clock import clock, replay
 from bench.group import Group
-from bench.rates import rates
 from rwn_ext.report import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,6 +25,7 @@ _TABLES: dict[str, list[list[str]]] = {}
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="a minute's worth: few layers and rounds")
+    parser.addoption("--tested", action="store_true", help="the tests have just been run, so that they need not be now")
     parser.addoption("--compiled", action="store_true", help="torch.compile too, which takes minutes for each network")
 
 
@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish(session):
     """Numbers of code that computes something else are worth nothing: none are made while the tests are red."""
-    if session.items and not session.config.option.collectonly:
+    option = session.config.option
+    if session.items and not (option.collectonly or option.tested):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", *TESTS], cwd=Path(__file__).parents[1], capture_output=True,
             text=True,
@@ -57,11 +58,9 @@ def pytest_collection_finish(session):
 
 def pytest_benchmark_update_machine_info(machine_info):
     """What numbers depend on, and nothing that names the machine."""
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else machine_info["cpu"].get("brand_raw", "unknown CPU")
-    kept = {key: machine_info[key] for key in ("machine", "system", "python_version")}
+    described = machine.described(machine_info, DEVICE, DTYPE)
     machine_info.clear()
-    machine_info.update(kept, device=device, torch=torch.__version__, threads=torch.get_num_threads())
-    machine_info.update(dtype=str(DTYPE).removeprefix("torch."), rates=asdict(rates(DEVICE, DTYPE)))
+    machine_info.update(described)
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
@@ -71,7 +70,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         facts = entry["extra_info"]
         entry.clear()
         entry.update(facts, stats=stats)
-    output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in ("id", "time", "dirty")}
+    output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in machine.COMMIT_FACTS}
 
 
 def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from scipy.stats import binom
-
 PLAIN = "nn.Conv2d"
+WHOLE, GATHERED, COMPILED_SLICE = "full wgrad", "gather + wgrad", "compiled sliced wgrad"
+PLAIN_GRADIENTS = (WHOLE, GATHERED, COMPILED_SLICE)
+"""PyTorch's own ways to a weight gradient of some filters."""
 Rounds = Mapping[str, list[float]]  # seconds by contender, round by round
 
 
@@ -27,6 +29,8 @@ class Group:
     """Parts of `seconds` by name, such as "forward"."""
     kept: Mapping[str, int] = field(default_factory=dict)
     """Bytes kept for backward."""
+    peak: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of GPU memory at the highest."""
     floor: Mapping[str, float] = field(default_factory=dict)
     """Seconds that the device's measured rates allow at best."""
 
@@ -42,6 +46,8 @@ class Group:
             facts["phases"] = {phase: list(ratio(rounds, name, PLAIN)) for phase, rounds in self.phases.items()}
         if name in self.kept:
             facts["kept_bytes"] = self.kept[name]
+        if name in self.peak:
+            facts["peak_bytes"] = self.peak[name]
         if name in self.floor:
             facts["floor_share"] = self.floor[name] / statistics.median(self.seconds[name])
         return facts
@@ -58,5 +64,9 @@ class Ratio(NamedTuple):
 def ratio(seconds: Rounds, name: str, reference: str) -> Ratio:
     """Distribution-free: the interval's ends are order statistics, found from the binomial distribution."""
     quotients = sorted(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
-    rank = max(int(binom.ppf(0.025, len(quotients), 0.5)), 1) - 1
+    n, below, rank = len(quotients), 0, 0
+    # As many are left out at either end as are the wrong side of the median with at most 2.5 % probability.
+    while (below := below + math.comb(n, rank)) < 0.025 * 2**n:
+        rank += 1
+    rank = max(rank, 1) - 1
     return Ratio(statistics.median(quotients), quotients[rank], quotients[-1 - rank])

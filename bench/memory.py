@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import rwn_ext
 from rwn_ext.memory import measure_cpu
 from rwn_ext.paper.networks import build
-from tests.architectures import MobileNetV2, resnet50
+from tests.architectures import MobileNetV2, resnet50, resnet101
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,15 @@ CASES = {
     "vgg19-bn, input gradient only": Case(lambda: build("vgg19-bn", 10), CIFAR, 0.06, NOTHING, input_gradient=True),
     "resnet-50, input gradient only": Case(resnet50, IMAGENET, 0.06, NOTHING, input_gradient=True),
     "resnet-50, input subset .125": Case(resnet50, IMAGENET, 0.16, INPUTS),
+    # memsave_torch's cases and its ratios, arXiv 2404.12406, section 3; its "input" differentiates by the input alone.
+    "memsave_torch's all learned, resnet-101": Case(resnet101, IMAGENET, 1.09, {"trainable": 1.0}),
+    "memsave_torch's input, resnet-101": Case(resnet101, IMAGENET, 0.67, {"trainable": 0}, input_gradient=True),
+    "memsave_torch's input, norms in evaluation mode, resnet-101": Case(
+        resnet101, IMAGENET, 0.18, NOTHING, input_gradient=True
+    ),
+    "memsave_torch's surgical (first quarter), resnet-101": Case(
+        resnet101, IMAGENET, 0.88, {"trainable": {"*": 0, "conv1": 1.0, "layer1.*": 1.0, "layer2.*": 1.0}}
+    ),
     "mobilenet-v2, input subset .125": Case(MobileNetV2, IMAGENET, 0.10, INPUTS),
 }
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.competitors import FROZEN, OURS
-from bench.group import PLAIN, Ratio
+from bench.group import PLAIN, PLAIN_GRADIENTS, Ratio
 from bench.pictures import draw_layers, draw_scaling, draw_steps
 from bench.results import Entry, Results, ResultsError, groups, load
 
@@ -62,7 +62,7 @@ def page(results: Results) -> str:
 
 
 def table(entries: Sequence[Entry]) -> str:
-    """Contenders of one group: times, ratios with their intervals, kept bytes; what loses to nn.Conv2d is marked."""
+    """Contenders of one group: times, ratios with their intervals, kept bytes; what loses to PyTorch is marked."""
     others = list(entries[0].ratios)
     phases = list(entries[0].phases)
     with_kept = any(entry.kept_bytes is not None for entry in entries)
@@ -85,8 +85,13 @@ def table(entries: Sequence[Entry]) -> str:
 
 
 def loses(entry: Entry) -> bool:
-    """Whether ours is slower than nn.Conv2d beyond the interval."""
-    return OURS in entry.contender and PLAIN in entry.ratios and entry.ratios[PLAIN].low > 1
+    """Whether ours is slower, beyond the interval, than what PyTorch does."""
+    return bool(_lost_to(entry))
+
+
+def _lost_to(entry: Entry) -> list[str]:
+    rivals = [name for name in (PLAIN, *PLAIN_GRADIENTS) if name in entry.ratios and OURS in entry.contender]
+    return [name for name in rivals if entry.ratios[name].low > 1]
 
 
 def regressions(new: Results, old: Results) -> list[str]:
@@ -121,7 +126,11 @@ def _losses(results: Results) -> str:
     lost = [entry for entry in results.entries if loses(entry)]
     if not lost:
         return f"## Where it loses\n\nNowhere in these tables is {OURS} slower than {PLAIN} beyond the interval."
-    lines = [f"* {', '.join(e.group)}: {e.contender} takes {_ratio(e.ratios[PLAIN])} of {PLAIN}'s time" for e in lost]
+    lines = [
+        f"* {', '.join(e.group)}: {e.contender} takes {_ratio(e.ratios[name])} of {name}'s time"
+        for e in lost
+        for name in _lost_to(e)
+    ]
     return "\n".join(["## Where it loses\n", *lines])
 
 

@@ -61,7 +61,7 @@ def load(folder: Path) -> Results:
             f"{folder} is no folder; give one that `make bench` wrote, such as bench/results/cpu-2-cores"
         )
     files = sorted(path for path in folder.glob("*.json") if path.name != "demo.json")
-    contents = [(path, content) for path in files if "benchmarks" in (content := _read(path))]
+    contents = [(path, content) for path in files if "benchmarks" in (content := read(path))]
     if not contents:
         raise ResultsError(f"{folder} holds no results (*.json of pytest-benchmark); `make bench` makes them")
     machines = {json.dumps(content["machine_info"] | {"rates": None}, sort_keys=True) for _, content in contents}
@@ -72,7 +72,7 @@ def load(folder: Path) -> Results:
     sources = [*files, *([demo] if demo.exists() else [])]
     _, newest = max(contents, key=lambda pair: pair[1]["datetime"])
     return Results(
-        folder, newest["machine_info"], newest["commit_info"], tuple(entries), _read(demo) if demo.exists() else None,
+        folder, newest["machine_info"], newest["commit_info"], tuple(entries), read(demo) if demo.exists() else None,
         hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     )  # fmt: skip
 
@@ -83,7 +83,8 @@ def groups(entries: Iterable[Entry]) -> Iterator[tuple[tuple[str, str, str], lis
         yield key, list(members)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A results file's content. Raises ResultsError where it cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

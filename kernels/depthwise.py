@@ -9,10 +9,10 @@ import triton.language as tl
 @triton.jit
 def depthwise_kernel(
     grad_ptr, input_ptr, grad_index_ptr, input_index_ptr, scale_ptr, shift_ptr, partials_ptr,
-    pixels, split_pixels, image, width, learned, height_in, width_in,
+    pixels, split_pixels, image, width, learned_units, height_in, width_in,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     grad_n, grad_h, grad_w, grad_c, input_n, input_h, input_w, input_c,
-    R: tl.constexpr, S: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_TAPS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     PIXELS_FASTEST: tl.constexpr, HAS_INDEX: tl.constexpr, PROLOGUE: tl.constexpr,
 ):  # fmt: skip
@@ -20,8 +20,10 @@ def depthwise_kernel(
 
     A program walks its split's output pixels and keeps every (tap, pixel of the block, filter) sum apart until the end.
     Shifted reads of the input go through L1; a pixel outside the input counts as zero. The tile's fastest axis is the
-    one that is contiguous in memory: channels, or pixels.
+    one that is contiguous in memory: channels, or pixels. The number of filters and the strides of pixels count UNITs,
+    the width of the loads, which Triton cannot see in a number that is no multiple of 16.
     """
+    learned = learned_units * UNIT
     taps: tl.constexpr = R * S
     tap = tl.program_id(1) * BLOCK_TAPS + tl.arange(0, BLOCK_TAPS)[:, None, None]
     if PIXELS_FASTEST:
@@ -52,12 +54,12 @@ def depthwise_kernel(
         q = pixel % width
         inside = (pixel < pixels) & (k < learned)
         place = n.to(tl.int64) * grad_n + p.to(tl.int64) * grad_h + q.to(tl.int64) * grad_w
-        grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + place * UNIT, mask=inside, other=0.0).to(tl.float32)
         h = p * stride_h - padding_h + (tap // S) * dilation_h
         w = q * stride_w - padding_w + (tap % S) * dilation_w
         inside = inside & (tap < taps) & (h >= 0) & (h < height_in) & (w >= 0) & (w < width_in)
         place = n.to(tl.int64) * input_n + h.to(tl.int64) * input_h + w.to(tl.int64) * input_w
-        value = tl.load(input_ptr + place, mask=inside, other=0.0)
+        value = tl.load(input_ptr + place * UNIT, mask=inside, other=0.0)
         if PROLOGUE:
             rounded = tl.maximum(value.to(tl.float32) * scale + shift, 0.0).to(value.dtype)
             value = tl.where(inside, rounded, 0.0)

@@ -16,6 +16,8 @@ DEPTHS = (1, 2, 4)
 SPLIT_PIXELS = 512
 # Tiles wanted for each multiprocessor, so that one loads while another computes.
 TILES_PER_SM = 2
+# The program that finishes last reads the splits' sums one after another: that is worth a launch while they are few.
+LAST_BLOCK_SPLITS = 4
 # Partial sums may take this much even where the still operand is small.
 WORKSPACE_BYTES = 1 << 20
 
@@ -63,7 +65,11 @@ def shape(block_channels: int, block_columns: int, operands: Operands, arch: int
     if operands.element_size == 4:
         return Shape(32, block_channels, block_columns, 4, 3, block_columns > 32)
     on_m = not operands.prologue if arch >= 90 else not operands.channels_last
-    return Shape(64, block_channels, block_columns, 8 if tile >= 128 * 128 else 4, 3, on_m)
+    # Two exceptions that keep every value in a register (checked ahead of time).
+    if arch >= 100 and block_channels == block_columns == 64:
+        on_m = False
+    wide = tile >= 128 * 128 or (arch < 90 and operands.prologue and block_columns == 256)
+    return Shape(64, block_channels, block_columns, 8 if wide else 4, 3, on_m)
 
 
 def shipped(operands: Operands, arch: int) -> list[Shape]:

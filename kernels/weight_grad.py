@@ -13,9 +13,10 @@ Grouped convolutions run as one product a group in the same launch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -69,15 +70,17 @@ def weight_grad(
     out: Tensor,
     affine: Affine | None = None,
     precision: str = "ieee",
-    last_block: bool = False,
+    last_block: bool | None = None,
 ) -> Tensor:
     """Writes the gradient of the chosen filters into `out` (Kt, C per group, R, S), of any strides and dtype.
 
     Equals `torch.nn.grad.conv2d_weight(x, ...)[filters]`, x being `input`, with `affine` relu(input * scale + shift).
     `input` (N, C, H, W) holds the channels of the groups with a chosen filter; `grad_output` (N, K, P, Q) is whole.
     Sums are float32 and taken in a fixed order. `precision` is that of float32 operands, see `PRECISIONS`.
-    `last_block`: the tile that finishes last sums the splits, which spares a launch.
+    `last_block`: the tile that finishes last sums the splits, which spares a launch; None: where that pays.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     if not (INTERPRETED or input.is_cuda):
         raise RuntimeError(
             f"Triton kernels cannot run on {input.device}: use a GPU, or set TRITON_INTERPRET=1 before Python starts"
@@ -97,13 +100,11 @@ class _Geometry(NamedTuple):
 
 def _launch(
     family: str, grad_output: Tensor, input: Tensor, filters: Filters, geometry: _Geometry, out: Tensor,
-    affine: Affine | None, precision: str, last_block: bool,
+    affine: Affine | None, precision: str, last_block: bool | None,
 ) -> None:  # fmt: skip
     if family == "depthwise":
         return _depthwise(grad_output, input, filters, geometry, out, affine)
-    counters = torch.empty(COUNTERS, dtype=torch.int32, device=input.device) if last_block else None
-    correlation = _CORRELATIONS[family](grad_output, input, filters, geometry, out, affine, counters)
-    _correlate(correlation, out, precision, counters)
+    _correlate(_CORRELATIONS[family](grad_output, input, filters, geometry, out, affine), out, precision, last_block)
 
 
 class _Slots(NamedTuple):
@@ -117,11 +118,16 @@ class _Slots(NamedTuple):
     rows: Tensor | None  # (groups * depth,) rows of the result, likewise
 
 
+# Writes a compact buffer, and zeroes the counters of the launch that follows.
+Fill = Callable[[Tensor | None], None]
+
+
 class _Correlation(NamedTuple):
     """The arguments of one `correlate_kernel`: what keeps still, what moves, where its results belong."""
 
     still: Tensor  # (N, groups * channels, H, W)
     moved: Tensor  # pixels of `slots.depth` channels side by side
+    fill: Fill | None  # to be called before `moved` is read; None where it is there already
     moved_start: int  # where tap (0, 0) of pixel (0, 0, 0) is
     moved_strides: tuple[int, int, int, int, int, int]  # n, h, w, r, s, group
     kernel_size: Pair
@@ -132,25 +138,23 @@ class _Correlation(NamedTuple):
 
 def _stationary(
     grad_output: Tensor, input: Tensor, filters: Filters, geometry: _Geometry, out: Tensor, affine: Affine | None,
-    counters: Tensor | None,
 ) -> _Correlation:  # fmt: skip
     """G = grad_output with stride - 1 zeros between its pixels and zeros around them; tap (r, s) reads it reversed."""
     (r, s), (dh, dw), (pad_h, pad_w) = geometry.kernel_size, geometry.dilation, geometry.padding
     slots = _slots(filters, input.device)
     size = input.size(2) + (r - 1) * dh, input.size(3) + (s - 1) * dw
     border = (r - 1) * dh - pad_h, (s - 1) * dw - pad_w
-    moved = _gather(grad_output, slots, border, size, geometry.stride, None, counters)
+    moved, fill = _gathered(grad_output, slots, border, size, geometry.stride, None)
     n, h, w = moved.stride()[:3]
     start = (r - 1) * dh * h + (s - 1) * dw * w
     out_strides = (out.stride(1), out.stride(0), out.stride(2), out.stride(3))
     return _Correlation(
-        input, moved, start, (n, h, w, -dh * h, -dw * w, slots.depth), (r, s), slots, out_strides, affine
+        input, moved, fill, start, (n, h, w, -dh * h, -dw * w, slots.depth), (r, s), slots, out_strides, affine
     )
 
 
 def _swapped(
     grad_output: Tensor, input: Tensor, filters: Filters, geometry: _Geometry, out: Tensor, affine: Affine | None,
-    counters: Tensor | None,
 ) -> _Correlation:  # fmt: skip
     """The padded input, (N, H + 2 padding, W + 2 padding, C), moves over the gradient of the chosen filters."""
     (r, s), (dh, dw), (sh, sw) = geometry.kernel_size, geometry.dilation, geometry.stride
@@ -159,18 +163,20 @@ def _swapped(
     if learned.channels is None:
         still = grad_output.narrow(1, learned.first, learned.valid)
     else:
-        still = _gather(grad_output, learned, (0, 0), (p, q), (1, 1), None, None).permute(0, 3, 1, 2)
-        still = still.narrow(1, 0, learned.valid)
+        chosen, gather = _gathered(grad_output, learned, (0, 0), (p, q), (1, 1), None)
+        gather(None)
+        still = chosen.permute(0, 3, 1, 2).narrow(1, 0, learned.valid)
     slots = _Slots(1, tiles.depth(input.size(1)), 0, input.size(1), None, None)
     size = (p - 1) * sh + (r - 1) * dh + 1, (q - 1) * sw + (s - 1) * dw + 1
-    moved = _gather(input, slots, geometry.padding, size, (1, 1), affine, counters)
+    moved, fill = _gathered(input, slots, geometry.padding, size, (1, 1), affine)
     n, h, w = moved.stride()[:3]
-    return _Correlation(still, moved, 0, (n, sh * h, sw * w, dh * h, dw * w, 0), (r, s), slots, out.stride(), None)
+    return _Correlation(
+        still, moved, fill, 0, (n, sh * h, sw * w, dh * h, dw * w, 0), (r, s), slots, out.stride(), None
+    )
 
 
 def _pointwise(
     grad_output: Tensor, input: Tensor, filters: Filters, geometry: _Geometry, out: Tensor, affine: Affine | None,
-    counters: Tensor | None,
 ) -> _Correlation:  # fmt: skip
     """The gradient is read where it is, if a pixel's chosen filters can be loaded 16 bytes at a time."""
     visited = input[:, :, :: geometry.stride[0], :: geometry.stride[1]]
@@ -178,29 +184,39 @@ def _pointwise(
     strides = grad_output.stride()
     units = (slots.first, slots.valid, strides[0], strides[2], strides[3])
     if slots.channels is None and strides[1] == 1 and all(size % 8 == 0 for size in units):
-        moved, start = grad_output, slots.first
+        moved, fill, start = grad_output, None, slots.first
         n, h, w = strides[0], strides[2], strides[3]
-        if counters is not None:
-            counters.zero_()
     else:
-        moved = _gather(grad_output, slots, (0, 0), (grad_output.size(2), grad_output.size(3)), (1, 1), None, counters)
+        size = grad_output.size(2), grad_output.size(3)
+        moved, fill = _gathered(grad_output, slots, (0, 0), size, (1, 1), None)
         start, (n, h, w) = 0, moved.stride()[:3]
     out_strides = (out.stride(1), out.stride(0), 0, 0)
-    return _Correlation(visited, moved, start, (n, h, w, 0, 0, slots.depth), (1, 1), slots, out_strides, affine)
+    return _Correlation(visited, moved, fill, start, (n, h, w, 0, 0, slots.depth), (1, 1), slots, out_strides, affine)
 
 
 _CORRELATIONS = {"stationary": _stationary, "swapped": _swapped, "pointwise": _pointwise}
 
 
-def _gather(
-    source: Tensor, slots: _Slots, border: Pair, size: Pair, step: Pair, affine: Affine | None, counters: Tensor | None
-) -> Tensor:
-    """(N, *size, groups * depth): the chosen channels of (N, C, H, W), `step` apart, behind a border of zeros."""
+def _gathered(
+    source: Tensor, slots: _Slots, border: Pair, size: Pair, step: Pair, affine: Affine | None
+) -> tuple[Tensor, Fill]:
+    """(N, *size, groups * depth): the chosen channels of (N, C, H, W), `step` apart, behind a border of zeros.
+
+    A buffer, and what fills it.
+    """
     depth = slots.groups * slots.depth
     if slots.channels is None:
         # A pointer to the first channel shows its alignment, a number added to one would not.
         source = source.narrow(1, slots.first, slots.valid)
     out = torch.empty(source.size(0), *size, depth, dtype=source.dtype, device=source.device)
+    return out, partial(_gather, source, out, slots, border, size, step, affine)
+
+
+def _gather(
+    source: Tensor, out: Tensor, slots: _Slots, border: Pair, size: Pair, step: Pair, affine: Affine | None,
+    counters: Tensor | None,
+) -> None:  # fmt: skip
+    depth = out.size(3)
     positions, block_depth = out.numel() // depth, min(triton.next_power_of_2(depth), 64)
     block_positions = 1024 // block_depth
     scale, shift = affine or (source, source)
@@ -212,10 +228,9 @@ def _gather(
         POSITIONS_FASTEST=source.stride(1) != 1, HAS_INDEX=slots.channels is not None, PROLOGUE=affine is not None,
         BLOCK_COUNTERS=0 if counters is None else COUNTERS, num_warps=4, **_fusion(affine),
     )  # fmt: skip
-    return out
 
 
-def _correlate(correlation: _Correlation, out: Tensor, precision: str, counters: Tensor | None) -> None:
+def _correlate(correlation: _Correlation, out: Tensor, precision: str, last_block: bool | None) -> None:
     still, slots = correlation.still, correlation.slots
     r, s = correlation.kernel_size
     batch, height, width = still.size(0), still.size(2), still.size(3)
@@ -225,8 +240,16 @@ def _correlate(correlation: _Correlation, out: Tensor, precision: str, counters:
     plan = tiles.cut(pixels, channels, columns, slots.groups, operands, multiprocessors=multiprocessors, arch=arch)
     shape, grid = plan.shape, tiles.grid(plan, channels, columns, slots.groups)
     finish = ONLY_SPLIT if plan.splits == 1 else PARTIALS
-    if counters is not None and plan.splits > 1 and grid[0] * grid[1] * slots.groups <= COUNTERS:
+    if last_block is None:
+        # Without a launch before it, counters would need one that zeroes them.
+        last_block = plan.splits <= tiles.LAST_BLOCK_SPLITS and correlation.fill is not None
+    if last_block and plan.splits > 1 and grid[0] * grid[1] * slots.groups <= COUNTERS:
         finish = LAST_SUMS
+    counters = torch.empty(COUNTERS, dtype=torch.int32, device=out.device) if finish == LAST_SUMS else None
+    if correlation.fill is not None:
+        correlation.fill(counters)
+    elif counters is not None:
+        counters.zero_()
     partials = out
     if plan.splits > 1:
         size = plan.splits * slots.groups * channels * columns
@@ -277,13 +300,19 @@ def _depthwise(
     partials = torch.empty(block.splits * learned * r * s, dtype=torch.float32, device=input.device)
     scale, shift = affine or (input, input)
     fastest = input.stride(1) != 1
+    grad_strides, input_strides = _nhwc(grad_output), _nhwc(input)
+    unit = 1
+    if pairs is None and grad_strides[3] == input_strides[3] == 1:
+        unit = math.gcd(learned, 8, *grad_strides[:3], *input_strides[:3])
+    in_units = [stride // unit for stride in grad_strides[:3]], [stride // unit for stride in input_strides[:3]]
     depthwise_kernel[
         (triton.cdiv(learned, block.block_channels), triton.cdiv(r * s, tiles.TAPS), block.splits)
     ](
         grad_output, input, _or(pairs and pairs[0], input), _or(pairs and pairs[1], input), scale, shift, partials,
-        pixels, block.split_pixels, p * q, q, learned, input.size(2), input.size(3),
-        *geometry.stride, *geometry.padding, *geometry.dilation, *_nhwc(grad_output), *_nhwc(input),
-        R=r, S=s, BLOCK_TAPS=tiles.TAPS, BLOCK_PIXELS=block.block_pixels, BLOCK_CHANNELS=block.block_channels,
+        pixels, block.split_pixels, p * q, q, learned // unit, input.size(2), input.size(3),
+        *geometry.stride, *geometry.padding, *geometry.dilation, *in_units[0], grad_strides[3], *in_units[1],
+        input_strides[3], R=r, S=s, UNIT=unit,
+        BLOCK_TAPS=tiles.TAPS, BLOCK_PIXELS=block.block_pixels, BLOCK_CHANNELS=block.block_channels,
         PIXELS_FASTEST=fastest, HAS_INDEX=pairs is not None, PROLOGUE=affine is not None, num_warps=4,
         **_fusion(affine),
     )  # fmt: skip

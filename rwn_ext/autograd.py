@@ -1,4 +1,4 @@
-"""The autograd Function of a partially learned convolution: what is saved, which gradient is asked for."""
+"""The autograd Functions of partially learned layers: what is saved, which gradient is asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rwn_ext import ops
@@ -28,6 +29,14 @@ class Layer(NamedTuple):
     seen: Runs | None = None  # the input channels that the learned weights see; None where they see all
     border: tuple[int, ...] | None = None  # what F.pad adds before
     border_mode: str = "constant"
+
+
+class LinearLayer(NamedTuple):
+    """Likewise of a linear layer."""
+
+    filters: Runs  # learned, of the weight's rows; () where the learned block is empty
+    inputs: Runs  # learned, of the weight's columns
+    bias: Runs  # learned, of the bias
 
 
 class PartialConv2dFunction(torch.autograd.Function):
@@ -71,6 +80,54 @@ class PartialConv2dFunction(torch.autograd.Function):
         return grad_input, None, grad_weight, None, None, grad_bias, None, None
 
 
+class PartialLinearFunction(torch.autograd.Function):
+    """`F.linear(input, W, b)` with W and b merged from learned and fixed parts.
+
+    What is kept, and made again, is as in `PartialConv2dFunction`; `seen` is a compact copy of the learned columns'
+    input features, or None where they are all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        seen: Tensor | None,
+        weight_trainable: Tensor | None,
+        weight_frozen: Tensor | None,
+        weight_frozen_inputs: Tensor | None,
+        bias_trainable: Tensor | None,
+        bias_frozen: Tensor | None,
+        layer: LinearLayer,
+    ) -> Tensor:
+        needs_input, _, needs_weight, *_ = ctx.needs_input_grad
+        weights = (weight_trainable, weight_frozen, weight_frozen_inputs)
+        kept = (input if seen is None else seen) if needs_weight else None
+        ctx.save_for_backward(*(weights if needs_input else (None, None, None)), kept)
+        ctx.layer, ctx.weight_dtype = layer, None if weight_trainable is None else weight_trainable.dtype
+        weight = merged_weight(weights, layer, input.dtype, "forward")
+        return F.linear(input, weight, merged_bias(bias_trainable, bias_frozen, layer, input.dtype, "forward"))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needs_input, _, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
+        *weights, seen = ctx.saved_tensors
+        layer, grad_input, grad_weight, grad_bias = ctx.layer, None, None, None
+        with without_autocast(grad_output):
+            if needs_input:
+                grad_input = grad_output @ merged_weight(weights, layer, grad_output.dtype, "backward")
+            if needs_weight:
+                rows = _matrix(ops.take(grad_output, layer.filters, -1))  # (M, Kt)
+                grad_weight = (rows.t() @ _matrix(seen)).to(ctx.weight_dtype)
+            if needs_bias:
+                grad_bias = _matrix(ops.take(grad_output, layer.bias, -1)).sum(0)
+        return grad_input, None, grad_weight, None, None, grad_bias, None, None
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """(..., C) -> (M, C)."""
+    return tensor.reshape(-1, tensor.size(-1))
+
+
 def convolve(input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer) -> Tensor:
     """The convolution with the weight and bias merged from these parts, in the input's type."""
     return torch.convolution(
@@ -105,13 +162,19 @@ def gradients(
     return grad_input, grad_weight, grad_bias
 
 
-def merged_weight(parts: Sequence[Tensor | None], layer: Layer, dtype: torch.dtype, stage: str | None = None) -> Tensor:
+def merged_weight(
+    parts: Sequence[Tensor | None], layer: Layer | LinearLayer, dtype: torch.dtype, stage: str | None = None
+) -> Tensor:
     """The whole weight."""
     return ops.merge_block(parts, layer.filters, layer.inputs, dtype, stage=stage)
 
 
 def merged_bias(
-    trainable: Tensor | None, frozen: Tensor | None, layer: Layer, dtype: torch.dtype, stage: str | None = None
+    trainable: Tensor | None,
+    frozen: Tensor | None,
+    layer: Layer | LinearLayer,
+    dtype: torch.dtype,
+    stage: str | None = None,
 ) -> Tensor | None:
     """The whole bias, None where there is none."""
     if trainable is None and frozen is None:

@@ -6,14 +6,26 @@ import importlib.util
 
 import torch
 
-from rwn_ext import cuda
+from rwn_ext import cpu, cuda
 
 
 def backends() -> str:
-    """In words: torch, Triton, the compiled kernels (toolkit, architectures, compiler), the device."""
+    """In words: torch, Triton, the compiled kernels (for the CPU; toolkit, architectures, compiler), the device."""
     return "\n".join(
-        [f"aten: torch {torch.__version__}", f"triton: {_triton()}", f"cuda: {_kernels()}", f"device: {_device()}"]
+        [
+            f"aten: torch {torch.__version__}",
+            f"cpu: {_cpu_kernel()}",
+            f"triton: {_triton()}",
+            f"cuda: {_kernels()}",
+            f"device: {_device()}",
+        ]
     )
+
+
+def _cpu_kernel() -> str:
+    if cpu.native is None:
+        return "no rwn_ext._cpu beside this package: built without a C++ compiler, or not built in this folder"
+    return f"compiled, runs as {cpu.native.INSTRUCTIONS[0]} here"
 
 
 def _triton() -> str:

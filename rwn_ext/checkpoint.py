@@ -3,8 +3,9 @@
 The fixed part of a network is a seed (`rwn_ext.draw_`, `rwn_ext.paper.networks.build(..., seed=)`), zeros, or a
 backbone that many tasks share. A file holds the rest, in safetensors, which runs no code when it is read:
 
-* for each weight and bias of a PartialConv2d, the smallest block of filters and input channels outside of which it is,
-  bit for bit, what its origin says: that is the learned block, and more only if other filters were learned before;
+* for each weight and bias of a partly learned layer, the smallest block of filters and input channels outside of which
+  it is, bit for bit, what its origin says: that is the learned block, and more only if other filters were learned
+  before;
 * everything else of the state dict (normalisation, classifier, other layers) whole;
 * as JSON in its metadata: the source, the subsets, and for each block where it belongs and a SHA-256 of all around it.
 
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 from rwn_ext.convert import set_subsets_, subsets
 from rwn_ext.draw import INITS, VERSION, draw
-from rwn_ext.modules import PARTS, PartialConv2d
+from rwn_ext.partial_layer import PartialLayer
+from rwn_ext.partition import PARTS
 from rwn_ext.subsets import Subset
 
 FORMAT = "rwn_ext compact checkpoint 1"
@@ -80,9 +82,9 @@ def save_compact(
 def load_compact(
     model: nn.Module, path: str | Path, *, seed: int | None = None, base: State | None = None
 ) -> nn.Module:
-    """Makes `model` what was saved: its weights, and its subsets where it has PartialConv2d layers. Returns the model.
+    """Makes `model` what was saved: its weights, and its subsets where it has partly learned layers. Returns the model.
 
-    `model` has the architecture that was saved, of nn.Conv2d or PartialConv2d, with any values.
+    `model` has the architecture that was saved, of torch's layers or partly learned ones, with any values.
 
     Args:
         seed: the seed that the file must be of; default: whatever it says.
@@ -108,7 +110,7 @@ def load_compact(
         if block.hash_around(origin) != entry["around"]:
             raise ValueError(f"{path}: what is fixed of {key} was not {source} when it was saved")
         whole[key] = origin.index_put(block.index, value)
-    own = {name for name, module in model.named_modules() if isinstance(module, PartialConv2d)}
+    own = {name for name, module in model.named_modules() if isinstance(module, PartialLayer)}
     set_subsets_(model, {name: choice for name, choice in layout["subsets"].items() if name in own})
     model.load_state_dict(whole)
     return model
@@ -183,14 +185,14 @@ class Block:
         return cls(Subset(entry["shape"][0], tuple(entry["filters"])), inputs)
 
 
-def _blocks(layer: PartialConv2d, value: Tensor, origin: Tensor) -> tuple[Block, Block]:
+def _blocks(layer: PartialLayer, value: Tensor, origin: Tensor) -> tuple[Block, Block]:
     """What is learned of this weight or bias, and the smallest block of that and of all that is not the origin."""
     if value.dim() == 1:
         learned = Block(layer.partition.bias_filters, None)
         cells = (_bits(value) != _bits(origin))[:, None]
     else:
         learned = Block(layer.partition.block, layer.partition.inputs)
-        cells = (_bits(value) != _bits(origin)).flatten(2).any(2)
+        cells = (_bits(value) != _bits(origin)).reshape(*value.shape[:2], -1).any(2)
     cells[learned.index] = True
     filters, inputs = (
         Subset.from_indices(cells.size(axis), cells.any(1 - axis).nonzero().flatten().tolist()) for axis in (0, 1)
@@ -198,17 +200,17 @@ def _blocks(layer: PartialConv2d, value: Tensor, origin: Tensor) -> tuple[Block,
     return learned, Block(filters, None if value.dim() == 1 else inputs)
 
 
-def _layer(model: nn.Module, key: str) -> PartialConv2d | None:
+def _layer(model: nn.Module, key: str) -> PartialLayer | None:
     """The layer whose weight or bias this entry of the state dict is."""
     owner, _, name = key.rpartition(".")
     module = model.get_submodule(owner) if name in PARTS else None
-    return module if isinstance(module, PartialConv2d) else None
+    return module if isinstance(module, PartialLayer) else None
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     for name, module in model.named_modules():
-        if isinstance(module, PartialConv2d) and f"{name}.weight".removeprefix(".") not in state:
+        if isinstance(module, PartialLayer) and f"{name}.weight".removeprefix(".") not in state:
             raise ValueError(f"{name} is sharded, parametrized or pruned; a compact checkpoint takes whole weights")
     return {key: value.detach().cpu() for key, value in state.items() if torch.is_tensor(value)}
 

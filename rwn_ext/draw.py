@@ -8,9 +8,13 @@ Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 * word i = word (i mod 4) of the block with counter (b mod 2^32, b div 2^32, stream mod 2^32, stream div 2^32), where
   b = i div 4
 * uniform in (-bound, bound): ((word + 0.5) * 2^-31 - 1) * bound
-* normal: std * z((word + 0.5) * 2^-32), z the inverse of the normal distribution function by Wichura's rational
+* normal, he: std * z((word + 0.5) * 2^-32), z the inverse of the normal distribution function by Wichura's rational
   approximations (1988, algorithm AS 241, PPND7: 7 digits). In the tails they take sqrt(-log p); the logarithm is made
   of the exponent of p and a series of its mantissa, the square root by five of Heron's steps.
+* signed: std if word >= 2^31, else -std
+* orthogonal: normal values in a (K, C R S) matrix, transposed if it has more rows than columns, whose rows are made
+  orthonormal one after the other (modified Gram-Schmidt, twice) and multiplied by sqrt(2); sums add the second half of
+  the (zero-padded to a power of two) terms to the first until one is left.
 
 All of it is float64 arithmetic of single + - * /, each rounded once as IEEE 754 demands, then one rounding to float32
 and, for another dtype, one more. No value depends on a library's `log`, `cos` or `sqrt`, which differ between machines,
@@ -26,10 +30,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from rwn_ext.modules import PartialConv2d
+from rwn_ext.partial_layer import PartialLayer
 
 VERSION = 1
-INITS = ("uniform", "normal")
+INITS = ("uniform", "normal", "he", "orthogonal", "signed")
 # Blocks of four words drawn at once: their temporaries stay in a core's cache.
 _CHUNK = 1 << 13
 _MASK = 0xFFFFFFFF
@@ -39,8 +43,13 @@ def draw_(model: nn.Module, seed: int, *, init: str = "uniform", layers: Iterabl
     """Gives convolutions and linear layers new initial values, drawn from `seed` and the layers' names alone.
 
     Args:
-        init: "uniform", PyTorch's default: U(-b, b), b = 1 / sqrt(fan_in), or "normal": convolution weights
-            N(0, sqrt(2 / (R S K))), He's by fan-out; biases and linear layers are uniform either way.
+        init: of convolution weights; biases and linear layers are uniform in any case. fan_in is C R S.
+            "uniform": PyTorch's default, U(-b, b), b = 1 / sqrt(fan_in);
+            "normal": N(0, std), std = sqrt(2 / (K R S)), He's by fan-out;
+            "he": N(0, std), std = sqrt(2 / fan_in), `nn.init.kaiming_normal_`;
+            "orthogonal": sqrt(2) times a matrix (K, C R S) of orthonormal rows (or columns, if K is greater), as
+            `nn.init.orthogonal_` makes them; slow for the widest layers;
+            "signed": std = sqrt(2 / fan_in) with a random sign (Ramanujan et al. 2019).
         layers: names of the layers to draw; default: all.
 
     Other layers stay as they are, and so does torch's global generator. Fixed filters of `frozen="zero"` stay zero.
@@ -48,13 +57,15 @@ def draw_(model: nn.Module, seed: int, *, init: str = "uniform", layers: Iterabl
     """
     wanted = None if layers is None else set(layers)
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.Linear, PartialConv2d)) or (wanted is not None and name not in wanted):
+        if not isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Linear, PartialLayer)) or (
+            wanted is not None and name not in wanted
+        ):
             continue
         prefix = f"{name}." if name else ""
         shape = module.weight.shape
         weight = draw(seed, prefix + "weight", shape, init=init)
         bias = None if module.bias is None else draw(seed, prefix + "bias", shape[:1], weight_shape=shape, init=init)
-        if isinstance(module, PartialConv2d):
+        if isinstance(module, PartialLayer):
             module.set_initial_(weight, bias)
             continue
         with torch.no_grad():
@@ -72,8 +83,15 @@ def draw(
         raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(INITS)}")
     weight_shape = tuple(shape) if weight_shape is None else tuple(weight_shape)
     count = math.prod(shape)
-    if init == "normal" and len(shape) == 4:
-        std = math.sqrt(2 / (weight_shape[0] * weight_shape[2] * weight_shape[3]))
+    if init != "uniform" and len(shape) > 2:
+        k, c, taps = shape[0], shape[1], math.prod(shape[2:])
+        std = math.sqrt(2 / (k * taps if init == "normal" else c * taps))
+        if init == "signed":
+            return _fill(seed, name, count, lambda words: torch.where(words >= 2.0**31, std, -std)).view(shape)
+        if init == "orthogonal":
+            matrix = _fill(seed, name, count, _normal).view(k, -1).double()
+            rows = _orthonormal(matrix) if k <= matrix.size(1) else _orthonormal(matrix.t().contiguous()).t()
+            return (rows * math.sqrt(2)).float().reshape(shape)
         return _fill(seed, name, count, lambda words: _normal(words) * std).view(shape)
     bound = 1 / math.sqrt(math.prod(weight_shape[1:]))
     return _fill(seed, name, count, lambda words: ((words + 0.5) * 2.0**-31 - 1) * bound).view(shape)
@@ -122,6 +140,25 @@ def _normal(words: Tensor) -> Tensor:
     r = _sqrt(-_log(0.5 - q[tail] * side))
     result[tail] = side * _rational(r - 1.6, _TAIL)
     return result
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows that span what these span, in float64. Twice: the first pass leaves what rounding leaves."""
+    for _ in range(2):
+        for i in range(rows.size(0)):
+            rows[i] /= math.sqrt(_sums(rows[i] * rows[i]).item())
+            rest = rows[i + 1 :]
+            rest -= _sums(rest * rows[i])[:, None] * rows[i]
+    return rows
+
+
+def _sums(terms: Tensor) -> Tensor:
+    """The sums over the last axis, in an order that no machine chooses."""
+    terms = torch.nn.functional.pad(terms, (0, (1 << (terms.size(-1) - 1).bit_length()) - terms.size(-1)))
+    while terms.size(-1) > 1:
+        half = terms.size(-1) // 2
+        terms = terms[..., :half] + terms[..., half:]
+    return terms[..., 0]
 
 
 def _rational(x: Tensor, coefficients: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:

@@ -8,9 +8,13 @@ from torch import nn
 
 
 class _Frozen(nn.modules.batchnorm._BatchNorm):
-    """Equals the BatchNorm it was, in evaluation mode: `train()` does not reach it."""
+    """Equals the BatchNorm it was, in evaluation mode: `train()` reaches it only once it is a BatchNorm again."""
+
+    _when_thawed: tuple[bool, list[bool]]
+    """Its training flag, and whether gamma and beta are learned."""
 
     def train(self, mode: bool = True) -> Any:
+        self._when_thawed = mode, self._when_thawed[1]
         return super().train(False)
 
 
@@ -48,18 +52,18 @@ def freeze_norms(model: nn.Module) -> None:
         if norm.running_mean is None:
             raise ValueError(f"{name or 'the model'} has no running statistics to freeze: track_running_stats=False")
     for norm in norms.values():
-        norm._before_freezing = norm.training, [p is not None and p.requires_grad for p in (norm.weight, norm.bias)]
+        norm._when_thawed = norm.training, [p is not None and p.requires_grad for p in (norm.weight, norm.bias)]
         norm.__class__ = _FROZEN[type(norm)]
-        norm.train().requires_grad_(False)
+        norm.train(norm.training).requires_grad_(False)
 
 
 def unfreeze_norms(model: nn.Module) -> None:
-    """Undoes `freeze_norms`: training flags and what was learned are as they were."""
+    """Undoes `freeze_norms`: training flags are as last set, what was learned is as it was."""
     thawed = {frozen: plain for plain, frozen in _FROZEN.items()}
     for norm in model.modules():
         if type(norm) in thawed:
             norm.__class__ = thawed[type(norm)]
-            norm.training, learned = vars(norm).pop("_before_freezing")
+            norm.training, learned = vars(norm).pop("_when_thawed")
             for parameter, requires_grad in zip((norm.weight, norm.bias), learned, strict=True):
                 if parameter is not None:
                     parameter.requires_grad_(requires_grad)

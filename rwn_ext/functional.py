@@ -1,4 +1,4 @@
-"""The functional form of a partially learned convolution: argument rules, padding modes; autocast ends here."""
+"""The functional forms of partially learned layers: argument rules, padding modes; autocast ends here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwn_ext import ops, planner
-from rwn_ext.autograd import Layer, PartialConv2dFunction, autocasts, merged_bias, merged_weight, without_autocast
+from rwn_ext.autograd import (
+    Layer,
+    LinearLayer,
+    PartialConv2dFunction,
+    PartialLinearFunction,
+    autocasts,
+    merged_bias,
+    merged_weight,
+    without_autocast,
+)
 from rwn_ext.ops import Pair
 from rwn_ext.partition import Partition
 
@@ -65,6 +74,40 @@ def partial_conv2d(
     return output.squeeze(0) if input.dim() == 3 else output
 
 
+def partial_linear(
+    input: Tensor,
+    weight_trainable: Tensor | None,
+    weight_frozen: Tensor | None = None,
+    weight_frozen_inputs: Tensor | None = None,
+    bias_trainable: Tensor | None = None,
+    bias_frozen: Tensor | None = None,
+    *,
+    partition: Partition,
+) -> Tensor:
+    """`F.linear` with a weight of which only the block `[filters][:, inputs]` ever receives a gradient.
+
+    The (out_features, in_features) weight and the bias are merged from their parts as those of `partial_conv2d` are.
+    `input` is (..., in_features). Raises RuntimeError for shapes and dtypes that F.linear refuses.
+    """
+    example = weight_frozen if weight_trainable is None else weight_trainable
+    if example is None:
+        raise ValueError("partial_linear needs weight_trainable, weight_frozen or both")
+    features = partition.in_channels
+    if input.dim() == 0 or input.size(-1) != features:
+        raise RuntimeError(f"expected an input of shape (..., {features}), got {tuple(input.shape)}")
+    input = _cast(input, example.dtype)
+    layer = LinearLayer(partition.block.runs, partition.inputs.runs, partition.bias_filters.runs)
+    weights, biases = (weight_trainable, weight_frozen, weight_frozen_inputs), (bias_trainable, bias_frozen)
+    learned = weight_trainable is not None and weight_trainable.requires_grad
+    with without_autocast(input):
+        if ops.transformed() or (learned and weight_frozen is None and weight_frozen_inputs is None):
+            return F.linear(input, *_plain_weights(input, weights, biases, layer))
+        seen = None
+        if learned and not partition.inputs.is_full and torch.is_grad_enabled():
+            seen = ops.take(input, layer.inputs, -1).clone(memory_format=torch.contiguous_format)
+        return PartialLinearFunction.apply(input, seen, *weights, *biases, layer)
+
+
 def weight_grad_problem(
     input: Tensor,
     kernel_size: Pair,
@@ -93,10 +136,17 @@ def _plain_conv2d(
     input: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], layer: Layer
 ) -> Tensor:
     """In operations that PyTorch differentiates in every way; nothing beats them where everything is learned."""
+    weight, bias = _plain_weights(input, weights, biases, layer)
+    return F.conv2d(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def _plain_weights(
+    input: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], layer: Layer | LinearLayer
+) -> tuple[Tensor, Tensor | None]:
+    """The whole weight and bias, in the input's type."""
     (weight_trainable, *weights_frozen), (bias_trainable, bias_frozen) = weights, biases
     weight = merged_weight((weight_trainable, *map(_constant, weights_frozen)), layer, input.dtype)
-    bias = merged_bias(bias_trainable, _constant(bias_frozen), layer, input.dtype)
-    return F.conv2d(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return weight, merged_bias(bias_trainable, _constant(bias_frozen), layer, input.dtype)
 
 
 def _constant(part: Tensor | None) -> Tensor | None:

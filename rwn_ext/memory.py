@@ -1,4 +1,4 @@
-"""What a training step keeps and costs in memory, layer by layer: measured, and beside it what would be enough."""
+"""What a training step keeps and costs in memory, layer by layer: measured, and beside it predicted and enough."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rwn_ext.lean import block, pooling, undo_lean
 from rwn_ext.lean.activations import activation_of
 from rwn_ext.lean.rewrite import IN_BLOCK, label, lean_graph
 from rwn_ext.lean.tracing import CannotTrace, lent_forward, trace
-from rwn_ext.modules import PartialConv2d
+from rwn_ext.partial_layer import PartialLayer
 from rwn_ext.subsets import run_length
 
 
@@ -27,7 +27,12 @@ class Layer:
     name: str
     plain: int
     now: int
+    predicted: int
+    """By the rules of what each kind of layer keeps, for the model as it is now."""
     minimum: int
+
+
+COLUMNS = ("plain", "now", "predicted", "minimum")
 
 
 @dataclass
@@ -52,22 +57,22 @@ class Memory:
     now: Step
 
     def __str__(self) -> str:
-        rows = [[la.name, _mb(la.plain), _mb(la.now), _mb(la.minimum)] for la in self.layers]
-        rows.append(["sum", *(_mb(sum(getattr(la, c) for la in self.layers)) for c in ("plain", "now", "minimum"))])
+        rows = [[la.name, *(_mb(getattr(la, column)) for column in COLUMNS)] for la in self.layers]
+        rows.append(["sum", *(_mb(sum(getattr(la, column) for la in self.layers)) for column in COLUMNS)])
         steps = [
             [name, _mb(getattr(self.plain, field)), _mb(getattr(self.now, field)), f"{ratio:.2f}"]
-            for name, field in _STEP_ROWS
+            for name, field in STEP_ROWS
             for ratio in [getattr(self.now, field) / max(getattr(self.plain, field), 1)]
         ]
         return "\n\n".join(
             [
-                table(["kept for backward (MB)", "plain nn", "now", "minimum"], rows),
+                table(["kept for backward (MB)", "plain nn", "now", "predicted", "minimum"], rows),
                 table(["one training step (MB)", "plain nn", "now", "of plain"], steps),
             ]
         )
 
 
-_STEP_ROWS = (
+STEP_ROWS = (
     ("live between forward and backward", "kept"),
     ("gradients", "gradients"),
     ("optimizer state", "optimizer"),
@@ -89,10 +94,10 @@ def memory(
     """Measures one training step on `example`: of the model as it is, and as plain `nn` that learns everything.
 
     The table by layer counts what autograd saves, each storage once and at the first layer that saves it, parameters
-    and buffers not: for plain nn (`rwn_ext.restore`), for the model now, and the minimum that the maths needs of one
-    that learns what this one does: for a norm by batch statistics its input; else one bit an element of an activation
-    and the channels that learned weights see; one byte an output of a maximum pooling. The table of a model
-    that cannot be traced is empty.
+    and buffers not: for plain nn (`rwn_ext.restore`) and for the model now. Beside it what the rules of the layers'
+    kinds predict for the model now, and the minimum that the maths needs of one that learns what this one does: for a
+    norm by batch statistics its input; else one bit an element of an activation and the channels that learned weights
+    see; one byte an output of a maximum pooling. The table of a model that cannot be traced is empty.
 
     The step's numbers are the allocator's own: on a CPU the record of its every allocation, on CUDA its statistics.
 
@@ -192,22 +197,31 @@ def _layers(plain: nn.Module, now: nn.Module, example: Tensor, loss: Callable) -
     for column, (model, graph) in graphs.items():
         accountant = _Accountant(copy.deepcopy(model), graph)
         kept = accountant.account(example, loss)
-        for name, size in (accountant.minimum if column == "minimum" else kept).items():
-            row = notes.get(name, name)
-            row = row.removeprefix(IN_BLOCK) if row.startswith(IN_BLOCK) else name
-            layer = rows.setdefault(row, Layer(row, 0, 0, 0))
-            setattr(layer, column, getattr(layer, column) + size)
+        counts = {"minimum": accountant.minimum} if column == "minimum" else {column: kept}
+        if column == "now":
+            counts["predicted"] = accountant.predicted
+        for counted, sizes in counts.items():
+            for name, size in sizes.items():
+                row = notes.get(name, name)
+                row = row.removeprefix(IN_BLOCK) if row.startswith(IN_BLOCK) else name
+                layer = rows.setdefault(row, Layer(row, 0, 0, 0, 0))
+                setattr(layer, counted, getattr(layer, counted) + size)
     return list(rows.values())
 
 
 class _Accountant(fx.Interpreter):
-    """Runs a graph and counts, by label of the node, what autograd saves; of a lean graph also what would be enough."""
+    """Runs a graph and counts, by label of the node, what autograd saves and what the node's kind lets expect.
+
+    Of a lean graph also what would be enough.
+    """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
         self.kept: dict[str, int] = {}
         self.minimum: dict[str, int] = {}
+        self.predicted: dict[str, int] = {}
         self._label = ""
+        self._expected = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         self._counted = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         self._alive: list[Any] = []
         self._pieces: set[int] = set()
@@ -236,15 +250,30 @@ class _Accountant(fx.Interpreter):
         size = 0
         if n.target is block:
             size = self._minimum_of_block(*args, **kwargs)
-        elif n.target in (pooling.pool, pooling.max_pool2d) and result.requires_grad:
+        elif n.target in _LEAN_POOLS and result.requires_grad:
             size = result.numel() if n.target is pooling.max_pool2d or isinstance(args[1], nn.MaxPool2d) else 0
-        elif isinstance(module, (nn.Conv2d, PartialConv2d, nn.Linear)):
+        elif isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Linear, PartialLayer)):
             size = int(_seen_share(module) * args[0].nbytes)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and result.requires_grad:
             size = args[0].nbytes
         if size:
             self.minimum[self._label] = self.minimum.get(self._label, 0) + size
+        if n.args and torch.is_tensor(result) and result.requires_grad:
+            self._expect(_kept_by(n, module, args[0], result) if n.target not in _LEAN_POOLS else [size])
+        elif n.target is block:
+            self._expect([size + _statistics(args[1] if len(args) > 1 else kwargs.get("norm"))] if size else [])
         return result
+
+    def _expect(self, kept: Sequence[Tensor | int]) -> None:
+        """Counts these tensors, each storage once, and these bytes as expected here."""
+        for tensor in kept:
+            size = tensor
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                size = 0 if storage.data_ptr() in self._expected else storage.nbytes()
+                self._expected.add(storage.data_ptr())
+                self._alive.append(storage)
+            self.predicted[self._label] = self.predicted.get(self._label, 0) + size
 
     def _minimum_of_block(
         self, pieces: Sequence[Tensor], norm: Any = None, activation: Any = None, dropout: Any = None,
@@ -273,9 +302,41 @@ class _Accountant(fx.Interpreter):
         return int(of_output) + dropped
 
 
+_LEAN_POOLS = (pooling.pool, pooling.max_pool2d, pooling.avg_pool2d)
+
+
+def _kept_by(node: fx.Node, module: nn.Module | None, input: Any, output: Tensor) -> list[Tensor | int]:
+    """What torch keeps for backward of a node outside a block: tensors, or bytes of new ones."""
+    if isinstance(module, PartialConv2d):
+        share = _seen_share(module)
+        return [input] if share == 1 else [int(share * input.nbytes)]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return [input, _statistics(module)]
+    if isinstance(module, (nn.Conv2d, nn.GroupNorm, nn.AvgPool2d)):
+        return [input]
+    if isinstance(module, nn.Linear):
+        return [input] if module.weight.requires_grad else []
+    name = getattr(node.target, "__name__", str(node.target))
+    if isinstance(module, nn.MaxPool2d) or name == "max_pool2d":
+        return [input, 8 * output.numel()]  # its indices are int64
+    if name == "avg_pool2d":
+        return [input]
+    if isinstance(module, nn.Dropout):
+        return [output.nbytes] if module.training and module.p else []
+    known = activation_of(name if module is None else module)
+    if known is None:
+        return []
+    return [input if known.reads_input else output]
+
+
+def _statistics(norm: Any) -> int:
+    """Of a batch: mean and inverse deviation of each channel, in float32."""
+    return 8 * norm.num_features if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training else 0
+
+
 def _seen_share(layer: nn.Module) -> float:
     """The share of its input that the learned weights of a convolution or linear layer see."""
-    if isinstance(layer, PartialConv2d):
+    if isinstance(layer, PartialLayer):
         learned = layer.weight_trainable is not None and layer.weight_trainable.requires_grad
-        return run_length(layer.partition.seen) / layer.in_channels if learned else 0.0
+        return run_length(layer.partition.seen) / layer.partition.in_channels if learned else 0.0
     return float(layer.weight.requires_grad)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from rwn_ext import costs, cuda, planner
+from rwn_ext import costs, cpu, cuda, planner
 from rwn_ext.planner import Problem, plan
 from rwn_ext.subsets import Subset, run_indices, run_length
 
@@ -479,6 +479,11 @@ def _kernel(
     return launch(grad_output, input, filters, p, groups, dtype)
 
 
+def _direct(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty((p.learned, p.channels, *p.kernel_size), dtype=input.dtype, memory_format=memory_format(input))
+    return cpu.weight_grad(grad_output, input, filters, p.kernel_size, p.stride, p.padding, p.dilation, out=out)
+
+
 def _triton(
     family: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
 ) -> Tensor:
@@ -508,6 +513,7 @@ _ALGORITHMS: dict[str, Implementation] = {
     "gather": _gather,
     "matmul": _matmul,
     "unfold": _unfold,
+    "direct": partial(_kernel, _direct),
     **{family: partial(_kernel, partial(_triton, family)) for family in costs.TRITON},
     **{f"cuda_{kernel}": partial(_kernel, partial(_cuda, kernel)) for kernel in cuda.KERNELS},
 }

@@ -1,4 +1,4 @@
-"""How the weight and bias of one convolution split into a learned and a fixed part, and merge again."""
+"""How the weight and bias of one layer split into a learned and a fixed part, and merge again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from rwn_ext.subsets import Subset
 
 WEIGHT_PARTS = ("weight_trainable", "weight_frozen", "weight_frozen_inputs")
 BIAS_PARTS = ("bias_trainable", "bias_frozen")
+# The parts of what torch calls a layer's weight and its bias.
+PARTS = {"weight": WEIGHT_PARTS, "bias": BIAS_PARTS}
 
 
 @dataclass(frozen=True)
 class Partition:
-    """What a convolution learns: filters (weight axis 0), input channels (axis 1, counted within a group), biases."""
+    """What a layer learns: filters (weight axis 0), input channels (axis 1, counted within a group), biases."""
 
     filters: Subset
     inputs: Subset

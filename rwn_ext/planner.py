@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwn_ext import costs, cuda, tuning
+from rwn_ext import costs, cpu, cuda, tuning
 from rwn_ext.costs import Chip
 
 ALGORITHMS = {
@@ -25,6 +25,7 @@ ALGORITHMS = {
     "gather": "the learned filters' grad_output is gathered and the library computes their weight gradient alone",
     "matmul": "1x1 filters: one skinny matrix product of grad_output and input",
     "unfold": "few filters: grad_output is unfolded, the input stays where it is, one matrix product",
+    "direct": "CPU: blocks of the input stay in the first level cache, the gathered grad_output is moved over them",
     "stationary": "Triton: the input is read once where it is, the gathered grad_output is moved over it",
     "swapped": "Triton, more filters than input channels: grad_output is read once, the padded input is moved over it",
     "pointwise": "Triton, 1x1 filters: the visited pixels of the input are read once where they are",
@@ -266,6 +267,8 @@ def _obstacle(p: Problem, algorithm: str) -> str | None:
         return _triton_obstacle(p)
     if algorithm in costs.CUDA:
         return cuda.obstacle(p, algorithm.removeprefix("cuda_"))
+    if algorithm == "direct":
+        return cpu.obstacle(p)
     if algorithm in ("matmul", "unfold", "swapped") and p.groups > 1:
         return f"it needs one group, the learned filters lie in {p.groups}"
     if algorithm in ("matmul", "pointwise") and (p.kernel_size != (1, 1) or p.padding != (0, 0)):
@@ -295,6 +298,8 @@ def _triton_obstacle(p: Problem) -> str | None:
 # The CPU's limits were measured (bench/bench_layers.py; float32): unfolding wins for few filters on deep channels_last
 # inputs; oneDNN computes filters in blocks of a vector register, so a block saved is a gain and less is none; and a few
 # million multiply-adds take less time than a call of the library, of which "full" needs one less.
+# The compiled kernel computes channels 16 or 32 at a time; of fewer than these, too many of its sums are of nothing.
+CPU_DIRECT_CHANNELS = 8
 # Unfolded columns: while they are no more than this many for each input channel, the copy costs less than it spares.
 CPU_UNFOLD_COLUMNS_PER_CHANNEL = 2
 CPU_UNFOLD_CHANNELS = 64
@@ -329,6 +334,8 @@ def _cheapest(p: Problem, algorithms: costs.Algorithms) -> tuple[str, float]:
 
 def _by_measured_limits(p: Problem) -> Plan:
     r, s = p.kernel_size
+    if r * s > 1 and p.learned < p.filters and p.channels >= CPU_DIRECT_CHANNELS and not _obstacle(p, "direct"):
+        return Plan("direct", f"{r * s} taps of {p.channels} channels repay the copy of a block")
     blocks, all_blocks = (-(-count // p.groups // CPU_FILTER_BLOCK) for count in (p.learned, p.filters))
     if blocks == all_blocks:
         return Plan("full", f"the learned filters fill as many blocks of {CPU_FILTER_BLOCK} as all do, {blocks}")

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rwn_ext.backends import backends
 from rwn_ext.describe import describe, table
 from rwn_ext.memory import Memory, memory
+from rwn_ext.saved import Saved, saved_for_backward
 
 __all__ = ["Memory", "Saved", "backends", "describe", "memory", "saved_for_backward", "table", "training_bytes"]
-
-
-class Saved:
-    """What autograd has saved for backward."""
-
-    def __init__(self) -> None:
-        self._storages: dict[int, torch.UntypedStorage] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Each storage once, however many views of it are saved."""
-        return sum(storage.nbytes() for storage in self._storages.values())
-
-
-@contextmanager
-def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
-    """Counts what the forward pass inside the `with` keeps for backward, beside the model's parameters and buffers.
-
-    Counted storages are kept alive until the block ends.
-    """
-    saved = Saved()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved._storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
 
 
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

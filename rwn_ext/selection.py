@@ -6,11 +6,11 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rwn_ext.convert import restore
-from rwn_ext.modules import PartialConv2d
+from rwn_ext.partial_layer import PartialLayer
+from rwn_ext.scores import gradient_norms_of
 
 
 def gradient_norms(
@@ -18,7 +18,7 @@ def gradient_norms(
 ) -> dict[str, Tensor]:
     """The L2 norm of every filter's gradient, learned or not, summed over a few batches: {layer: (K,)}.
 
-    Equals, for each convolution of the model by name::
+    Equals, for each convolution and each partly learned layer of the model by name::
 
         loss(model, batch).backward()                     # with all of the weight learned, for each of the batches
         conv.weight.grad.flatten(1).norm(dim=1)
@@ -31,15 +31,9 @@ def gradient_norms(
         set_subsets_(model, {name: (norm.topk(8).indices, None) for name, norm in norms.items()}, optimizer=optimizer)
     """
     dense = restore(copy.deepcopy(model))
-    partial = {name for name, module in model.named_modules() if isinstance(module, PartialConv2d)}
-    convs = {name: conv for name, conv in dense.named_modules() if isinstance(conv, nn.Conv2d)}
+    partial = {name for name, module in model.named_modules() if isinstance(module, PartialLayer)}
+    kinds = (nn.Conv2d, nn.Conv1d)
+    convs = {name: layer for name, layer in dense.named_modules() if name in partial or isinstance(layer, kinds)}
     # Of a plain convolution too, but only if it is not computed from something else.
     convs = {name: conv for name, conv in convs.items() if name in partial or "weight" in conv._parameters}
-    for parameter in dense.parameters():
-        parameter.requires_grad_(False)
-    for conv in convs.values():
-        conv.weight.requires_grad_()
-        conv.weight.grad = torch.zeros_like(conv.weight)
-    for batch in batches:
-        loss(dense, batch).backward()
-    return {name: conv.weight.grad.flatten(1).norm(dim=1) for name, conv in convs.items()}  # type: ignore[union-attr]
+    return gradient_norms_of(dense, convs, loss, batches)

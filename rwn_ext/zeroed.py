@@ -64,6 +64,16 @@ def conv2d(
     return output.dense() if input.dim() == 4 else output.dense().squeeze(0)
 
 
+def linear(input: Any, weight: Tensor | None, bias: Tensor | None, *, partition: Partition) -> Tensor:
+    """`partial_linear` where all that is not learned is zero: `weight` (Kt, Ct) and `bias` are the learned parts."""
+    input = dense(input)
+    if input.dim() == 0 or input.size(-1) != partition.in_channels:
+        raise RuntimeError(f"expected an input of shape (..., {partition.in_channels}), got {tuple(input.shape)}")
+    learned = input[..., :0] if weight is None else F.linear(ops.take(input, partition.inputs.runs, -1), weight)
+    output = spread(learned, partition.block, input.dim() - 1)
+    return output if bias is None else output + spread(bias, partition.bias_filters, 0).to(output.dtype)
+
+
 def fold(model: nn.Module) -> nn.Module:
     """Lets constant channels travel between the layers of `model` as single numbers. Returns the model, marked.
 

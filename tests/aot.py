@@ -9,7 +9,9 @@ kernel that was imported for the interpreter cannot be compiled.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -115,6 +117,20 @@ def _type(value: Any) -> str:
 
 
 def _disassembled(cubin: bytes) -> dict[str, Any]:
+    """What the binary's code says; remembered beside Triton's own cache of binaries, since reading it takes as long."""
+    key = hashlib.sha256(cubin + json.dumps(MARKS).encode()).hexdigest()
+    known = Path(triton.knobs.cache.dir) / "disassembled" / f"{key}.json"
+    if known.exists():
+        return json.loads(known.read_text())
+    found = _read(cubin)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as part:
+        json.dump(found, part)
+    os.replace(part.name, known)
+    return found
+
+
+def _read(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

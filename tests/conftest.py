@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
 
-hypothesis.settings.register_profile(
-    "rwn_ext", deadline=None, derandomize=True, database=None, print_blob=False, max_examples=60
-)
-hypothesis.settings.load_profile("rwn_ext")
+from rwn_ext import cpu, planner
+
+# `make gpu` does without it, and without the tests that need it.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile(
+        "rwn_ext", deadline=None, derandomize=True, database=None, print_blob=False, max_examples=60
+    )
+    settings.load_profile("rwn_ext")
 
 # On tensors this small threads only wait for each other.
 torch.set_num_threads(1)
@@ -27,6 +33,16 @@ if not torch.cuda.is_available():
 DEVICES = [pytest.param("cpu", id="cpu")]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="every N-th test from the I-th on, for N processes side by side")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.shard:
+        first, count = map(int, config.option.shard.split("/"))
+        items[:] = items[first::count]
 
 
 def dense(conv: nn.Conv2d, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -91,3 +107,13 @@ def poisoned_memory_and_seed() -> Iterator[None]:
 def no_forced_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RWN_EXT_ALGORITHM", "RWN_EXT_TUNE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def without_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where the package was built without a C++ compiler."""
+    planner._forget()
+    monkeypatch.setattr(cpu, "native", None)
+    yield
+    monkeypatch.undo()
+    planner._forget()

@@ -23,6 +23,7 @@ EVERY_CHOICE = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 
 @HALVES
 @EVERY_CHOICE
+@pytest.mark.works_with("autocast in bfloat16 and float16, `GradScaler`")
 def test_gradients_under_autocast_are_the_dense_ones_in_the_parameters_type(choice: dict, dtype, device: str):
     layer = PartialConv2d(4, 6, 3, padding=1, device=device, **choice)
     x = torch.randn(2, 4, 8, 9, device=device, requires_grad=True)
@@ -49,6 +50,7 @@ def test_gradients_under_autocast_are_the_dense_ones_in_the_parameters_type(choi
 
 @HALVES
 @EVERY_CHOICE
+@pytest.mark.works_with("models wholly in bfloat16 or float16")
 def test_a_model_wholly_in_a_small_type_trains(choice: dict, dtype, device: str):
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=choice.get("groups", 1)), nn.BatchNorm2d(6), nn.ReLU())
     trainable = {key: value for key, value in choice.items() if key != "groups"}

@@ -30,6 +30,7 @@ def layer_of(choice: dict, **more) -> PartialConv2d:
 
 
 @pytest.mark.parametrize("choice", LAYERS.values(), ids=LAYERS)
+@pytest.mark.works_with("double backward")
 def test_first_and_second_derivatives_are_numerically_right(choice: dict):
     layer = layer_of(choice)
     x = torch.randn(2, 4, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -235,6 +236,7 @@ def test_backward_inside_autocast_of_a_forward_outside_stays_fp32(algorithm: str
     assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))
 
 
+@pytest.mark.works_with("a fixed part in bfloat16 beside a learned part in float32")
 def test_a_frozen_part_in_bf16_beside_a_learned_part_in_fp32(device: str):
     layer = PartialConv2d(4, 6, 3, trainable=[0, 2], trainable_inputs=[1], device=device)
     for name, parameter in layer.named_parameters():
@@ -253,6 +255,7 @@ def test_a_frozen_part_in_bf16_beside_a_learned_part_in_fp32(device: str):
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("choice", LAYERS.values(), ids=LAYERS)
+@pytest.mark.works_with("both kinds of activation checkpointing")
 def test_checkpointing_recomputes_the_same(choice: dict, reentrant: bool):
     layer = layer_of(choice)
     x = torch.randn(2, 4, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -264,6 +267,7 @@ def test_checkpointing_recomputes_the_same(choice: dict, reentrant: bool):
 
 
 @pytest.mark.parametrize("choice", LAYERS.values(), ids=LAYERS)
+@pytest.mark.works_with("saved-tensor hooks and anomaly mode")
 def test_saved_tensors_may_wait_elsewhere_and_anomalies_may_be_looked_for(choice: dict, device: str):
     layer = layer_of(choice, device=device)
     x = torch.randn(2, 4, 4, 5, dtype=torch.float64, device=device, requires_grad=True)
@@ -294,6 +298,7 @@ def test_anomaly_mode_names_the_backward_that_made_a_nan():
             output.backward(torch.full_like(output, torch.nan))
 
 
+@pytest.mark.works_with("hooks on modules and parameters")
 def test_hooks_on_the_module_and_its_parameters_run():
     layer = layer_of({"trainable": [0, 2]})
     seen: list[str] = []
@@ -314,6 +319,9 @@ def test_hooks_on_the_module_and_its_parameters_run():
 
 
 @pytest.mark.parametrize("choice", LAYERS.values(), ids=LAYERS)
+@pytest.mark.does_not(
+    "learn more after `model.requires_grad_(True)`: what learns is the subset; `set_subsets_` changes it"
+)
 def test_unfreezing_a_whole_model_lets_fixed_parts_stay_without_gradient(choice: dict):
     """`model.requires_grad_(False)`, then True again, as adversarial training does, teaches fixed parts nothing."""
     layer = layer_of(choice)
@@ -326,3 +334,34 @@ def test_unfreezing_a_whole_model_lets_fixed_parts_stay_without_gradient(choice:
     optimizer.step()
     for name, parameter in layer.named_parameters():
         assert ("trainable" in name) == (parameter.grad is not None) == (not torch.equal(parameter, before[name]))
+
+
+SCATTERED = {"trainable": [0, 2, 5], "trainable_inputs": [0, 3]}
+
+
+def two_steps(layer: PartialConv2d, x: torch.Tensor, between) -> None:
+    for step in range(2):
+        output = layer(x)
+        output.backward(torch.ones_like(output))
+        if step == 0:
+            between()
+
+
+def test_index_tensors_are_made_once(monkeypatch: pytest.MonkeyPatch):
+    """Each would be a copy from the host to the device."""
+    monkeypatch.setattr(ops, "_INDICES", {})
+    layer, x = PartialConv2d(4, 6, 3, **SCATTERED), torch.randn(2, 4, 7, 7, requires_grad=True)
+    known = []
+    two_steps(layer, x, lambda: known.extend(ops._INDICES.values()))
+    assert known and list(map(id, ops._INDICES.values())) == list(map(id, known))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+def test_a_step_never_waits_for_the_gpu():
+    layer = PartialConv2d(4, 6, 3, device="cuda", **SCATTERED)
+    x = torch.randn(2, 4, 7, 7, device="cuda", requires_grad=True)
+    try:
+        two_steps(layer, x, lambda: torch.cuda.set_sync_debug_mode("error"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

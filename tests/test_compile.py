@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import integers, saved_tensors
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
-from rwn_ext import PartialConv2d
+from rwn_ext import PartialConv2d, convert
 
 CHOICES = {
     "contiguous": {"trainable": 3},
@@ -146,14 +150,82 @@ def test_batches_of_all_sizes_need_two_compilations(choice: str, device: str):
     assert counter.frame_count == 2
 
 
+def network(device: str) -> nn.Sequential:
+    """Filters learned scattered, in some groups, in a contiguous block."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=2, bias=False), nn.ReLU(),
+        nn.Conv2d(12, 6, 1),
+    )  # fmt: skip
+    return convert(model.to(device), {"0": [1, 4, 5], "2": [0, 5, 6], "4": 2})
+
+
+def trained(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The model's output and gradients in a step of training, which is made."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    x = x.clone().requires_grad_()
+    output = model(x)
+    output.float().square().sum().backward()
+    optimizer.step()
+    return [output.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
+@pytest.mark.works_with(
+    "`torch.compile(fullgraph=True)` in training, under autocast too; batches of all sizes need two compilations"
+)
+def test_inductor_trains_a_network_and_compiles_for_two_sizes(amp: bool, device: str):
+    eager = network(device)
+    model = copy.deepcopy(eager)
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True)
+    # bfloat16 has 8 bits, and fused operations round less often.
+    tolerance = 2e-2 if amp else 1e-5
+    graphs = []
+    for batch in (3, 5, 6, 9):
+        x = torch.randn(batch, 4, 7, 8, device=device)
+        with torch.autocast(device, torch.bfloat16) if amp else nullcontext():
+            ours, expected = trained(compiled, x), trained(eager, x)
+        graphs.append(counters["stats"]["unique_graphs"])
+        for a, b in zip(ours, expected, strict=True):
+            assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm()
+        # Rounding must not add up over the steps.
+        model.load_state_dict(eager.state_dict())
+    assert graphs == [1, 2, 2, 2] and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("frozen", ["random", "zero"])
+@pytest.mark.parametrize("lean", [False, True], ids=["plain", "lean"])
+def test_whole_models_are_one_graph_in_training(frozen: str, lean: bool, device: str):
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, bias=False),
+        nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 12, 1),
+    )  # fmt: skip
+    eager = convert(model.to(device, torch.float64), [0, 3, 5], frozen=frozen, lean=lean)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for batch in (2, 3):
+        x = torch.randn(batch, 4, 7, 8, dtype=torch.float64, device=device)
+        for a, b in zip(trained(compiled, x), trained(eager, x), strict=True):
+            torch.testing.assert_close(a, b)
+    assert all(torch.allclose(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.works_with("`torch.export` with a dynamic batch")
 def test_a_trained_model_is_exported_with_a_dynamic_batch(choice: str, device: str):
-    model = nn.Sequential(layer_of(CHOICES[choice], device=device), nn.ReLU()).eval()
+    model = nn.Sequential(layer_of(CHOICES[choice], device=device), nn.BatchNorm2d(12), nn.ReLU()).double()
     example = integers(2, 4, 7, 8, device=device)
+    trained(model.to(device), example)
     batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
-    for x in (example, integers(5, 4, 7, 8, device=device)):
-        assert torch.equal(exported.module()(x), model(x))
+    exported = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: batch},))
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    for x in (example, integers(5, 4, 7, 8, device=device), integers(1, 4, 7, 8, device=device)):
+        for program in (exported, loaded):
+            assert torch.equal(program.module()(x), model(x))
 
 
 @pytest.mark.parametrize("choice", ["contiguous", "scattered", "block", "all"])

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,6 +123,29 @@ def ddp_gradients_are_those_of_one_process(folder: Path) -> None:
 
 
 @check
+def ddp_all_reduces_the_learned_rows_of_linear_layers(folder: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(3)
+        plain = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+        return convert(plain, {"0": [1, 7], "2": 1.0}, linear=True).double()
+
+    x, counted = torch.randn(8, 6, generator=torch.Generator().manual_seed(5)).double(), []
+
+    def count(_, bucket):
+        counted.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)
+
+    ours, alone = model(), model()
+    ddp = DistributedDataParallel(ours)
+    ddp.register_comm_hook(None, count)
+    ddp(x[dist.get_rank() :: dist.get_world_size()]).square().mean().backward()
+    alone(x).square().mean().backward()
+    assert sum(counted) == 8 * (2 * 6 + 2 + 10 * 4 + 4)
+    for one, other in zip(learned(ours), learned(alone), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+
+
+@check
 def ddp_needs_no_search_for_unused_parameters(folder: Path) -> None:
     model = convert(network(), {"*": 0, "3": 1})
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -165,6 +189,55 @@ def ddp_follows_a_switch_of_the_same_size_and_refuses_another(folder: Path) -> N
     backward(DistributedDataParallel(model))
     optimizer.step()
     same_everywhere(model)
+
+
+@check
+def ddp_gives_unfrozen_fixed_parts_gradients_of_zero(folder: Path) -> None:
+    """A limit: it does not let them stay without one, so weight decay moves them; made before, it leaves them alone."""
+    model = partial()
+    before = DistributedDataParallel(model)
+    model.requires_grad_(True)
+    backward(before)
+    assert model[3].weight_frozen.grad is None
+    del before
+    backward(DistributedDataParallel(model))
+    assert torch.equal(model[3].weight_frozen.grad, torch.zeros_like(model[3].weight_frozen))
+
+
+@check
+def zero_shards_the_state_of_the_learned_part(folder: Path) -> None:
+    model, alone = partial(), partial()
+    ddp = DistributedDataParallel(model)
+    sharding = ZeroRedundancyOptimizer(learned(model), torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+    whole = torch.optim.AdamW(learned(alone), lr=0.01, weight_decay=0.1)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    for step in range(3):
+        for optimizer, net in ((sharding, ddp), (whole, DistributedDataParallel(alone))):
+            optimizer.zero_grad()
+            backward(net, step)
+            optimizer.step()
+    for (name, ours), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7, msg=name)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
+    kept = torch.tensor([sum(state["exp_avg"].numel() for state in sharding.optim.state.values())])
+    assert 0 < kept < sum(p.numel() for p in learned(model))
+    dist.all_reduce(kept)
+    assert kept == sum(p.numel() for p in learned(model))
+
+
+@check
+def ddp_state_dicts_are_those_of_conv2d(folder: Path) -> None:
+    ours, plain = DistributedDataParallel(partial()), DistributedDataParallel(network())
+    assert list(ours.state_dict()) == list(plain.state_dict()) and "module.3.weight" in ours.state_dict()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(1)
+    ours.load_state_dict(plain.state_dict())
+    alone = network()
+    state = ours.state_dict()
+    nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
+    alone.load_state_dict(state)
+    assert torch.equal(alone[3].weight, plain.module[3].weight)
 
 
 @check
@@ -350,12 +423,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.works_with(
+    "DistributedDataParallel, which sends the learned part alone and needs no `find_unused_parameters`"
+)
+@pytest.mark.works_with(
+    "FSDP2 (`fully_shard`), also in bfloat16; `merge_state_dict` and `split_state_dict` convert its state"
+)
+@pytest.mark.works_with("SyncBatchNorm")
+@pytest.mark.works_with("ZeRO (`ZeroRedundancyOptimizer`): the state of the learned part is shared out")
+@pytest.mark.does_not(
+    "switch the subset of a layer that is sharded (FSDP2), nor load a whole `weight` into it: `split_state_dict`"
+)
+@pytest.mark.does_not("keep a DistributedDataParallel over a switch to another size: delete it and wrap anew")
+@pytest.mark.does_not(
+    "stay fixed in a DistributedDataParallel made after `requires_grad_(True)`: zero gradients, but weight decay"
+)
 def test_two_processes(name: str, folder: Path):
     for rank in (0, 1):
         results = pickle.loads((folder / f"results{rank}").read_bytes())
         assert results[name] == "", f"rank {rank}: {results[name]}"
 
 
+@pytest.mark.works_with("distributed checkpoints, across world sizes and into a model that is not sharded")
 def test_one_process_loads_what_two_have_saved(folder: Path):
     """It equals one process that has gone on by itself."""
     expected = partial()

@@ -68,10 +68,25 @@ def test_normal_values_are_those_of_the_inverse_distribution_function():
 def test_values_are_the_same_bits_everywhere():
     """Hashes that any machine must reproduce: another value here breaks every compact checkpoint."""
     hashes = {}
-    for init in ("uniform", "normal"):
+    for init in ("uniform", "normal", "he", "orthogonal", "signed"):
         values = draw(1802_00844, "conv.weight", (64, 32, 3, 3), init=init)
         hashes[init] = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
-    assert hashes == {"uniform": "7d2205094fbc91e9", "normal": "ab70213587e9bcba"}
+    assert hashes == {
+        "uniform": "7d2205094fbc91e9", "normal": "ab70213587e9bcba", "he": "898f1a9891ef2b7a",
+        "orthogonal": "354fd79bf22b855c", "signed": "b940a47c73551fd0",
+    }  # fmt: skip
+
+
+def test_orthogonal_values_span_what_the_normal_ones_do():
+    """Against torch's QR: the same subspace of the first rows, also where there are more filters than inputs."""
+    for shape in ((12, 5, 3, 3), (40, 3, 3, 3)):
+        normal = draw(2, "w", shape, init="he").flatten(1).double()
+        values = draw(2, "w", shape, init="orthogonal").flatten(1).double() / math.sqrt(2)
+        normal, values = (normal, values) if shape[0] < 27 else (normal.t(), values.t())
+        torch.testing.assert_close(values @ values.t(), torch.eye(len(values)).double(), rtol=0, atol=1e-6)
+        basis = torch.linalg.qr(normal.t())[0]
+        signs = torch.sign((basis * values.t()).sum(0))
+        torch.testing.assert_close(values.t(), basis * signs, rtol=0, atol=1e-5)
 
 
 def test_moments():
@@ -138,5 +153,5 @@ class TestModels:
         for seed in (-1, 2**64):
             with pytest.raises(ValueError, match=f"seed={seed} is outside"):
                 draw_(nn.Conv2d(1, 1, 1), seed)
-        with pytest.raises(ValueError, match="init='he' is unknown; choose one of uniform, normal"):
-            draw_(nn.Conv2d(1, 1, 1), 0, init="he")
+        with pytest.raises(ValueError, match="init='him' is unknown; choose one of uniform, normal"):
+            draw_(nn.Conv2d(1, 1, 1), 0, init="him")

@@ -143,6 +143,7 @@ def test_many_backward_passes_at_once(choice: dict, algorithm: str):
 
 
 @EVERY_CHOICE
+@pytest.mark.works_with("torch.func (grad, vmap, jvp, functional_call) and forward mode")
 def test_every_mode_of_differentiation_is_numerically_right(choice: dict):
     layer = PartialConv2d(4, 6, (3, 2), (1, 2), (1, 0), dtype=torch.float64, **choice)
     x = torch.randn(2, 4, 4, 5, dtype=torch.float64, requires_grad=True)

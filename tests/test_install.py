@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROBE = "import rwn_ext, rwn_ext.kernels.tiles, rwn_ext.paper.networks; print(rwn_ext.__file__)"
+PROBE = (
+    "import rwn_ext, rwn_ext.kernels.tiles, rwn_ext.paper.networks\n"
+    "from rwn_ext.paper import marks, presets\n"
+    "assert presets.preset('bn') and marks.mark({'net': 'wrn-28-10'}, 200)\n"
+    "print(rwn_ext.__file__)"
+)
 
 
 def run(*command: object, cwd: Path) -> str:

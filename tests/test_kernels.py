@@ -17,6 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from rwn_ext.kernels import tiles
+from rwn_ext.kernels import weight_grad as launcher
 from rwn_ext.kernels.weight_grad import Affine, Filters, weight_grad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,6 +113,7 @@ CASES = [
     Case("pointwise", 2, 24, 7, 5, 12, (1, 1), (1, 2, 4, 9), stride=(2, 1), groups=4),
     Case("depthwise", 2, 6, 9, 7, 6, (3, 3), (2, 5), padding=(1, 1), groups=6),
     Case("depthwise", 2, 6, 9, 7, 6, (5, 5), (0, 1, 3, 5), stride=(2, 1), padding=(2, 1), groups=6),
+    Case("depthwise", 2, 24, 9, 7, 24, (3, 3), (8, 16), padding=(1, 1), groups=24),
     Case("depthwise", 2, 20, 9, 7, 40, (3, 2), (1, 38), dilation=(2, 3), padding=(2, 4), groups=20),
 ]
 
@@ -165,6 +167,30 @@ def test_many_splits_sum_to_the_same_by_one_launch_and_by_two():
     assert torch.equal(
         LONG.actual(x, grad_output, torch.float32, last_block=True).double(), LONG.expected(x, grad_output)
     )
+
+
+@pytest.mark.parametrize(
+    ("case", "launches"),
+    [
+        (LONG._replace(n=2), 1),  # 3 splits
+        (LONG, 2),  # 7
+        (Case("pointwise", 2, 24, 31, 29, 16, (1, 1), (3, 9)), 1),  # 3, gathered
+        (Case("pointwise", 2, 24, 31, 29, 16, (1, 1), (8, 16)), 2),  # 3, in place: nobody zeroes the counters
+    ],
+    ids=str,
+)
+def test_few_splits_are_summed_without_a_launch_of_their_own(case, launches, monkeypatch: pytest.MonkeyPatch):
+    sums, seen = launcher._sum_splits, []
+    monkeypatch.setattr(launcher, "_sum_splits", lambda *arguments: seen.append(1) or sums(*arguments))
+    x, grad_output = operands(case, torch.float32, NHWC)
+    assert torch.equal(case.actual(x, grad_output, torch.float32).double(), case.expected(x, grad_output))
+    assert len(seen) == launches - 1
+
+
+def test_an_unknown_precision_is_refused_in_words():
+    x, grad_output = operands(CASES[0], torch.float32, NHWC)
+    with pytest.raises(ValueError, match="precision='fp8' is unknown; choose one of tf32, tf32x3, ieee"):
+        CASES[0].actual(x, grad_output, torch.float32, precision="fp8")
 
 
 @pytest.mark.parametrize("case", [LONG, CASES[11], CASES[14], CASES[17]], ids=str)

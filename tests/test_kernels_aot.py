@@ -15,6 +15,7 @@ from rwn_ext.kernels import tiles
 
 ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90, 100)
+DTYPES = ("bf16", "fp16", "tf32", "tf32x3", "ieee")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Of `correlate_kernel` where C % 8 == 0: the tensor core's instruction by architecture; the still operand comes in
 # 16-byte copies. A prologue on sm_100, and float32, use the older instruction on purpose; ieee is no tensor core's.
@@ -27,13 +28,20 @@ SLICE = [
     {**LARGE, "arch": 90, "affine": True},
     {**LARGE, "arch": 80, "dtype": "tf32"},
     {**LARGE, "arch": 90, "dtype": "ieee", "last_block": True},
-    # Masks are as wide as the loads where the filters are a multiple of 16.
     {**LARGE, "arch": 90, "family": "depthwise", "groups": 128, "runs": [64, 128]},
+    # Few filters are loaded whole too.
+    {**LARGE, "arch": 90, "family": "depthwise", "groups": 128, "runs": [64, 72]},
 ]
 
 
 def name(case: dict) -> str:
-    parts = [case["family"], case["dtype"], f"sm_{case['arch']}", *map(str, case.get("block", ()))]
+    parts = [
+        case["family"],
+        case["dtype"],
+        f"sm_{case['arch']}",
+        f"of{case['runs'][1] - case['runs'][0]}",
+        *map(str, case.get("block", ())),
+    ]
     flags = [flag for flag in ("affine", "last_block") if case.get(flag)]
     return "-".join([*parts, *flags, "nhwc" if case.get("channels_last", True) else "nchw"])
 
@@ -84,13 +92,26 @@ def test_a_slice_of_the_matrix_keeps_its_contract():
     assert_contracts(SLICE)
 
 
+VARIANTS = {
+    "plain": {}, "affine": {"affine": True}, "nchw": {"channels_last": False}, "last block": {"last_block": True},
+}  # fmt: skip
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32", "tf32x3", "ieee"])
-def test_every_shipped_configuration_keeps_its_contract(dtype: str, arch: int):
-    cases = []
-    for affine in (False, True):
-        for shape in tiles.shipped(tiles.Operands(2 if dtype in ("bf16", "fp16") else 4, True, affine), arch):
-            block = [shape.block_channels, shape.block_columns]
-            cases.append({**LARGE, "arch": arch, "dtype": dtype, "affine": affine, "block": block})
-    assert_contracts(cases)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_shipped_configuration_keeps_its_contract(variant: str, dtype: str, arch: int):
+    case = {**LARGE, **VARIANTS[variant], "arch": arch, "dtype": dtype}
+    size = 2 if dtype in ("bf16", "fp16") else 4
+    operands = tiles.Operands(size, case.get("channels_last", True), bool(case.get("affine")))
+    shipped = tiles.shipped(operands, arch)
+    assert_contracts([{**case, "block": [shape.block_channels, shape.block_columns]} for shape in shipped])
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "ieee"])
+def test_every_depthwise_block_keeps_its_contract(dtype: str, arch: int):
+    case = {**LARGE, "arch": arch, "dtype": dtype, "family": "depthwise", "groups": 128}
+    assert_contracts([{**case, "runs": [64, 64 + learned]} for learned in (8, 16, 24, 64)])

@@ -206,7 +206,21 @@ def test_restore_gives_back_class_norms_and_flags():
     restored = rwn_ext.restore(lean)
     assert type(restored) is cls and {n: p.requires_grad for n, p in restored.named_parameters()} == flags
     assert {type(m) for m in restored.modules() if isinstance(m, nn.BatchNorm2d)} == {nn.BatchNorm2d}
-    assert restored.block1[0].bn1.training and not restored.bn.training
+    # As after lean.train() of a plain model.
+    assert restored.block1[0].bn1.training and restored.bn.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mode_set_while_norms_are_frozen_holds_for_the_restored_model(training: bool):
+    """As it would have for plain layers: a model in evaluation mode computes the same when restored."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model = rwn_ext.convert(model.train(not training), 0.5, norm="frozen").train(training)
+    assert not model[1].training
+    x = torch.randn(2, 3, 6, 6)
+    output = model(x)
+    restored = rwn_ext.restore(model)
+    assert restored[1].training == restored.training == training
+    torch.testing.assert_close(restored.eval()(x), output)
 
 
 def test_copies_and_pickles_stay_lean():

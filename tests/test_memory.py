@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -46,6 +47,16 @@ def test_the_allocator_agrees_with_the_sum_of_layers():
         model(X)
     assert abs(saved.bytes - sum(layer.now for layer in found.layers)) <= 4096
     assert found.now.peak < found.plain.peak
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("net", ["wrn-10-1", "densenet-bc-10-4", "vgg11-bn", "alexnet"])
+def test_the_prediction_is_what_is_measured(net: str, lean: bool):
+    """By layer, but for what the loss keeps, which no layer does, and a few numbers a layer."""
+    found = memory(build(net, 10, 0.1, lean=lean), torch.randn(2, 3, 32, 32))
+    assert len(found.layers) > 4
+    for layer in found.layers:
+        assert layer.name == "loss" or abs(layer.predicted - layer.now) <= 300, layer
 
 
 def test_gradients_and_optimizer_state():
@@ -92,5 +103,25 @@ def test_a_model_that_cannot_be_traced_has_a_step_but_no_table():
 
 def test_the_table_names_the_columns_and_the_share():
     text = str(memory(rwn_ext.convert(chain(), 0.5, lean=True), X))
-    for word in ("plain nn", "now", "minimum", "1 - 2 - 3", "live between forward and backward", "of plain"):
+    for word in (
+        "plain nn",
+        "now",
+        "predicted",
+        "minimum",
+        "1 - 2 - 3",
+        "live between forward and backward",
+        "of plain",
+    ):
         assert word in text
+
+
+def test_the_program_prints_and_draws(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from rwn_ext.paper.__main__ import main
+
+    arguments = ["--net", "wrn-10-1", "--part", "0.1", "--lean", "--batch-size", "4", "--image-size", "16"]
+    assert main(["memory", *arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "minimum" in capsys.readouterr().out and (tmp_path / "memory.png").stat().st_size > 10_000
+    steps = json.loads((tmp_path / "memory.json").read_text())["steps"]
+    assert steps["now"]["kept"] < 0.6 * steps["plain"]["kept"] and steps["now"]["peak"] < steps["plain"]["peak"]
+    assert main(["memory", "--net", "wrn-10-1", "--batch-size", "0", "--out", str(tmp_path)]) == 2

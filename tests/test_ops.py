@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import integers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +79,108 @@ def test_conv2d_weight_grad_of_1x1_filters_keeps_its_contract(stride, layout, de
     expected = torch.nn.grad.conv2d_weight(x, (6, 4, 1, 1), cotangent, stride)
     assert torch.equal(torch.ops.rwn_ext.conv2d_weight_grad(*arguments), expected[[1, 4]])
     torch.library.opcheck(torch.ops.rwn_ext.conv2d_weight_grad.default, arguments)
+
+
+def assert_fake_is_true(op, arguments: tuple) -> None:
+    """The fake of this op says the shape, type and strides of what it computes; a stride of one element is none."""
+    real = op(*arguments)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments))
+    assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
+    strides = [
+        [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1 and t.numel()] for t in (fake, real)
+    ]
+    assert strides[0] == strides[1]
+
+
+def laid_out(tensor: torch.Tensor, how: str) -> torch.Tensor:
+    """The same values: contiguous, channels_last, a part of a larger tensor, or with height and width exchanged."""
+    if how == "sliced":
+        return torch.stack([tensor, tensor], -1)[..., 0]
+    if how == "transposed":
+        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+    return tensor.contiguous(memory_format=torch.channels_last if how == "nhwc" else torch.contiguous_format)
+
+
+LAYING_OUT = st.sampled_from(["nchw", "nhwc", "sliced", "transposed"])
+TYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def weight_grad_arguments(draw) -> tuple:
+    """Of `conv2d_weight_grad`: any geometry, subset, algorithm that can compute it, layouts and types."""
+    algorithm = draw(st.sampled_from(["auto", "full", "gather", "unfold", "matmul"]))
+    groups = 1 if algorithm in ("unfold", "matmul") else draw(st.sampled_from([1, 2, 3]))
+    one = st.integers(1, 3)
+    kernel, stride, dilation = ((1, 1), (draw(one), 1), (1, 1)) if algorithm == "matmul" else (
+        (draw(one), draw(one)), (draw(one), draw(one)), (draw(one), draw(one))
+    )  # fmt: skip
+    padding = (0, 0) if algorithm == "matmul" else tuple(draw(st.integers(0, k - 1)) for k in kernel)
+    per_group, channels = draw(st.integers(1, 3)), draw(one)
+    k = groups * per_group
+    filters = Subset.from_indices(k, sorted(draw(st.sets(st.integers(0, k - 1), min_size=1))))
+    touched = len({f // per_group for f in filters.indices})
+    size = [draw(st.integers(7, 9)) for _ in (0, 1)]
+    output = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    batch, dtype = draw(st.integers(0, 2)), draw(TYPES)
+    x = laid_out(torch.randn(batch, touched * channels, *size).to(dtype), draw(LAYING_OUT))
+    cotangent = laid_out(torch.randn(batch, k, *output).to(dtype), draw(LAYING_OUT))
+    result = draw(st.none() | TYPES)
+    return (cotangent, x, filters.runs, kernel, stride, padding, dilation, groups, algorithm, result)
+
+
+@given(weight_grad_arguments())
+def test_the_fake_of_conv2d_weight_grad_is_true(arguments: tuple):
+    assert_fake_is_true(torch.ops.rwn_ext.conv2d_weight_grad, arguments)
+
+
+@st.composite
+def merge_arguments(draw) -> tuple:
+    size, axis = draw(st.integers(2, 6)), draw(st.integers(0, 1))
+    chosen = Subset.from_indices(size, sorted(draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1))))
+    shape = [draw(st.integers(1, 3)) for _ in range(4)]
+    shape[axis] = size
+    whole, how = torch.randn(shape), draw(LAYING_OUT)
+    parts = [
+        laid_out(ops.take(whole, subset.runs, axis).to(draw(TYPES)), how) for subset in (chosen, chosen.complement)
+    ]
+    return (*parts, chosen.runs, axis, draw(TYPES), draw(st.sampled_from(["forward", "backward"])))
+
+
+@given(merge_arguments())
+def test_the_fake_of_merge_is_true(arguments: tuple):
+    assert_fake_is_true(torch.ops.rwn_ext.merge, arguments)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float16, None), (torch.bfloat16, torch.float32), (torch.float64, None)], ids=str
+)
+@pytest.mark.parametrize(
+    ("filters", "channels", "geometry", "groups"),
+    [
+        (runs(1, 2), 3, ((3, 3), (1, 1), (1, 1), (1, 1)), 1),
+        (runs(0, 5), 3, ((1, 5), (2, 2), (0, 2), (1, 1)), 1),
+        (runs(0, 3), 2, ((2, 2), (1, 1), (0, 1), (2, 3)), 3),
+        (runs(1, 4), 2, ((3, 3), (3, 1), (2, 2), (1, 1)), 6),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_conv2d_weight_grad_keeps_its_contract_over_geometries(filters, channels, geometry, groups, dtypes, layout):
+    kernel, stride, padding, dilation = geometry
+    output = [((9, 8)[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    x, cotangent = (
+        torch.randn(size).to(dtypes[0]).contiguous(memory_format=layout)
+        for size in [(2, channels, 9, 8), (2, 6, *output)]
+    )
+    arguments = (cotangent, x, filters, *geometry, groups, "auto", dtypes[1])
+    torch.library.opcheck(torch.ops.rwn_ext.conv2d_weight_grad.default, arguments)
+
+
+def test_no_op_is_registered_but_these():
+    """Every op of ours has its contract checked in this file."""
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("rwn_ext::")}
+    assert names == {"merge", "conv2d_weight_grad"}
 
 
 class Made(TorchDispatchMode):

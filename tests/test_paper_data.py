@@ -513,6 +513,29 @@ def test_crops_follow_the_generator():
     assert not torch.equal(first, second)
 
 
+def test_crops_are_what_their_draws_say():
+    images, draws = random_images(30, 3, 6, 9), data.draws(30, rng(4), padding=2, flip=True)
+    crops = data.crop_flip(images, draws, padding=2)
+    assert torch.equal(crops, data.random_crop_flip(images, rng(4), padding=2, flip=True))
+    padded = F.pad(images, [2] * 4)
+    for image, crop, (top, left, mirrored) in zip(padded, crops, draws.t().tolist(), strict=True):
+        window = image[:, top : top + 6, left : left + 9]
+        assert torch.equal(crop, window.flip(2) if mirrored else window)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_a_gpu_augments_as_the_cpu_does_bit_for_bit(layout):
+    images = random_images(64, 3, 32, 32).contiguous(memory_format=layout)
+    draws = data.draws(64, rng(), padding=4, flip=True)
+    here = data.crop_flip(images, draws, padding=4)
+    there = data.crop_flip(images.cuda(), draws.cuda(), padding=4)
+    assert torch.equal(here, there.cpu())
+    settings = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    torch.testing.assert_close(data.normalize(here, *settings), data.normalize(there, *settings).cpu())
+
+
 def test_crop_without_padding_or_mirror_is_identity():
     images = random_images(5, 3, 8, 8)
     assert torch.equal(data.random_crop_flip(images, rng(), padding=0, flip=False), images)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rwn_ext import PartialConv2d
+from rwn_ext import PartialConv2d, load_compact, save_compact
 from rwn_ext.paper.networks import build
 
 # Learned parameters of the authors' own runs, CIFAR-10 head.
@@ -90,7 +90,7 @@ def test_learned_parameters_of_one_part_equal_the_papers(only):
 def test_batch_norm_and_classifier_counts(name, bn, fc):
     with torch.device("meta"):
         network = build(name, 10)
-        fixed = build(name, 10, 0.1, learn_bn=False)
+        fixed = build(name, 10, 0.1, bn="frozen")
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert sum(learned(m) for m in norms) == bn
     assert learned(network.fc) == fc
@@ -131,6 +131,107 @@ def test_part_within_only_one_part():
         if isinstance(conv, PartialConv2d):
             assert len(conv.filters) == (conv.out_channels // 2 if name.startswith("block2.") else 0)
     assert not network.fc.weight.requires_grad
+
+
+def test_several_parts_learn_together():
+    network = build("wrn-10-1", 10, only="conv1+fc")
+    assert learned(network.conv1) == 16 * 27 and learned(network.fc) == 650
+    assert all(name.split(".")[-1].startswith("bn") for name, m in network.named_modules() if _own(m) and "." in name)
+    half = build("wrn-10-1", 10, 0.5, only="block1+block3")
+    for name, conv in half.named_modules():
+        if isinstance(conv, PartialConv2d):
+            assert len(conv.filters) == (conv.out_channels // 2 if name[:6] in ("block1", "block3") else 0)
+
+
+def _own(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+@pytest.mark.parametrize("frozen", ["random", "zero"])
+def test_input_channels_are_chosen_along_dimension_one(frozen):
+    network = build("wrn-10-1", 10, 0.25, frozen, dim=1, seed=0)
+    conv = network.block2[0].conv2
+    assert conv.weight_trainable.shape == (32, 8, 3, 3) and conv.inputs.indices == tuple(range(24, 32))
+    assert conv.weight[:, :24].any() == (frozen == "random")
+    assert network.conv1.weight_trainable is None
+
+
+def test_filters_can_be_chosen_by_their_magnitude():
+    whole, network = build("wrn-10-1", 10, seed=0), build("wrn-10-1", 10, 3, select="magnitude", seed=0)
+    largest = whole.block1[0].conv1.weight.flatten(1).norm(dim=1).topk(3).indices
+    assert network.block1[0].conv1.filters.indices == tuple(sorted(largest.tolist()))
+    drawn = [build("wrn-10-1", 10, 3, select="random", seed=seed).conv1.filters.indices for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "densenet-bc-22-12", "vgg11-bn"])
+def test_networks_without_batch_norm(name):
+    network = build(name, 10, 0.1, bn="none", seed=0)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    output = network(torch.randn(2, 3, 32, 32))
+    (output * torch.randn_like(output)).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_gamma_can_be_uniform(seed):
+    torch.manual_seed(1)
+    network = build("wrn-16-4", 10, only="nothing", gamma="uniform", seed=seed)
+    gamma = torch.cat([m.weight.detach() for m in network.modules() if isinstance(m, nn.BatchNorm2d)])
+    assert gamma.min() >= 0 and gamma.max() <= 1 and abs(gamma.mean() - 0.5) < 0.03
+    assert abs(gamma.var() - 1 / 12) < 0.01 and not any(m.bias.any() for m in network.modules() if _is_norm(m))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("init", ["he", "orthogonal", "signed"])
+def test_fixed_weights_can_be_of_other_distributions(init):
+    network = build("wrn-16-2", 10, 0.1, frozen=init, seed=2)
+    again = build("wrn-16-2", 10, 0.1, frozen=init, seed=2)
+    conv = network.block2[1].conv1
+    weight, std = conv.weight.detach(), math.sqrt(2 / (64 * 9))
+    assert conv.frozen == "random" and network.init == init and torch.equal(weight, again.block2[1].conv1.weight)
+    assert weight.std().item() == pytest.approx(std, rel=0.03)
+    if init == "signed":
+        assert weight.abs().unique().numel() == 1 and abs((weight > 0).double().mean() - 0.5) < 0.02
+    if init == "orthogonal":
+        matrix = weight.flatten(1).double()
+        torch.testing.assert_close(matrix @ matrix.t(), 2 * torch.eye(64).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["he", "orthogonal", "signed"])
+def test_such_networks_fit_into_compact_checkpoints(tmp_path, init):
+    pytest.importorskip("safetensors")
+    network = build("wrn-10-1", 10, 0.1, frozen=init, seed=2)
+    with torch.no_grad():
+        network.block1[0].conv1.weight_trainable.add_(1)
+    save_compact(network, tmp_path / "compact.safetensors", seed=2, init=network.init)
+    loaded = load_compact(build("wrn-10-1", 10, seed=9), tmp_path / "compact.safetensors")
+    torch.testing.assert_close(loaded.state_dict(), network.state_dict(), rtol=0, atol=0)
+
+
+def test_networks_begin_with_anothers_weights():
+    start = build("wrn-10-1", 10, seed=1).state_dict()
+    network = build("wrn-10-1", 7, only="block2", seed=2, start=start)
+    own = network.state_dict()
+    fresh = build("wrn-10-1", 7, seed=2).state_dict()
+    for key in own:
+        assert torch.equal(own[key], (fresh if key.startswith("fc.") else start)[key]), key
+    with pytest.raises(ValueError, match=r"start is of another network: its .* has shape None"):
+        build("wrn-16-1", 10, start=start)
+    with pytest.raises(ValueError, match="start is of another network"):
+        build("wrn-10-2", 10, start=start)
+
+
+def test_imagenet_network_has_stride_two_in_every_block():
+    network = build("wrn-10-1-imagenet", 20, 0.5, seed=0)
+    sizes = []
+    for block in (network.block1, network.block2, network.block3):
+        block.register_forward_hook(lambda _, args, output: sizes.append(output.shape[-1]))
+    assert network(torch.randn(1, 3, 64, 64)).shape == (1, 20) and sizes == [32, 16, 8]
+    assert network.init == "normal"
 
 
 def test_initial_values():
@@ -176,13 +277,33 @@ def test_dropout_is_the_papers_unless_given():
         (("wrn-10-1", 10, 1.5), "1.5"),
         (("wrn-10-1", 10, None, "zero"), "zero"),
         (("wrn-10-1", 10, None, "random", "block9"), "block9.*block1"),
-        (("wrn-10-1", 10, None, "random", "nothing", False), "nothing of wrn-10-1 to learn"),
+        (("wrn-10-1", 10, None, "random", "nothing", "frozen"), "nothing of wrn-10-1 to learn"),
         (("alexnet", 10, None, "random", "nothing"), "nothing of alexnet to learn"),
-        (("vgg19", 10, None, "random", None, True, 0.5), "dropout=0.5"),
-        (("wrn-10-1", 10, None, "random", None, True, 1.0), "dropout=1.0"),
+        (("wrn-10-1", 10, None, "random", "block1+block9"), "block1\\+block9.*block1"),
+        (("wrn-10-1", 10, 0.1, "ones"), "frozen='ones'.*signed"),
+        (("wrn-10-1", 10, 0.1, "random", None, "no"), "bn='no'"),
+        (("vgg19", 10, None, "random", None, "learned", 0.5), "dropout=0.5"),
+        (("wrn-10-1", 10, None, "random", None, "learned", 1.0), "dropout=1.0"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value)),
 )
 def test_wrong_choices_name_the_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         build(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 4, "part": 0.1}, "dim=4"),
+        ({"dim": 1}, "dim=1 needs"),
+        ({"dim": 2, "part": 5}, "conv1.*part=5"),
+        ({"dim": 3, "part": 0.1, "select": "random"}, "select='random'"),
+        ({"gamma": "normal"}, "gamma='normal'"),
+        ({"part": 0.1, "select": "best"}, "select='best'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_dimensions_and_selections_name_the_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("wrn-10-1", 10, **options)

@@ -33,7 +33,7 @@ def test_sweep_runs_repeats_nothing_and_resumes(file, tmp_path, capsys):
     arguments = ["sweep", str(file), "--out", str(tmp_path / "out"), "--jobs", "2"]
     assert main(arguments) == 0
     assert "best test accuracy" in capsys.readouterr().out
-    sweep = Sweep(file, tmp_path / "out")
+    sweep = Sweep.of_file(file, tmp_path / "out")
     best = [cell.records()[0]["test_accuracy"] for cell in sweep.cells]
     (row,) = sweep.rows()
     assert row["frozen"] == "random" and row["runs"] == 2
@@ -58,7 +58,7 @@ def test_failed_runs_are_told_and_counted(file, tmp_path, capsys):
 
 def test_every_combination_and_the_epoch_budget(file, tmp_path):
     file.write_text('[fixed]\nepochs = 10\n[grid]\nnet = ["wrn-10-1", "alexnet"]\npart = [0.1, 1, 1.0]\n')
-    sweep = Sweep(file, tmp_path, budget_epochs=3, data=tmp_path)
+    sweep = Sweep.of_file(file, tmp_path, budget_epochs=3, data=tmp_path)
     assert len(sweep.cells) == len({cell.folder for cell in sweep.cells}) == 6
     assert {cell.epochs for cell in sweep.cells} == {3}
     assert "--part 1.0" in " ".join(sweep.cells[2].command()) and "--part 1 " in " ".join(sweep.cells[1].command())
@@ -82,4 +82,4 @@ def test_every_combination_and_the_epoch_budget(file, tmp_path):
 def test_wrong_files_say_what_is_wrong(file, tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        Sweep(file, tmp_path, budget_epochs=1)
+        Sweep.of_file(file, tmp_path, budget_epochs=1)

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from rwn_ext import PartialConv2d, subsets
 from rwn_ext.paper import data
 from rwn_ext.paper.__main__ import main
+from rwn_ext.paper.comparison import compare
+from rwn_ext.paper.magnitudes import magnitudes, means
 from rwn_ext.paper.schedules import Schedule, schedule_of
 from rwn_ext.paper.training import CHECKPOINT, LOG, Config, Run
 
@@ -109,8 +113,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, images, options):
 def test_resuming_restores_the_subsets(tmp_path, images):
     first = Run(config(tmp_path), images)
     first.model.conv1.set_trainable_([0, 5])
-    first.config.out.mkdir(parents=True)
-    first._save()
+    first.save()
     again = Run(config(tmp_path), images, resume=True)
     assert again.model.conv1.filters.indices == (0, 5)
     assert_same(again.model.state_dict(), first.model.state_dict())
@@ -146,6 +149,99 @@ def test_step_is_sgd_on_the_normalized_batch(tmp_path, images):
                 velocity[name] = 0.9 * velocity[name] + parameter.grad + 5e-4 * parameter
                 parameter -= 0.05 * velocity[name]
     torch.testing.assert_close(dict(run.model.named_parameters()), dict(twin.named_parameters()), rtol=1e-4, atol=1e-5)
+
+
+def test_adam_run_is_adam_and_resumes(tmp_path, images):
+    options = {"optimizer": "adam", "schedule": replace(SCHEDULE, lr=0.01, epochs=2)}
+    whole = Run(config(tmp_path / "whole", **options), images)
+    whole.train(Watcher())
+    assert isinstance(whole.optimizer, torch.optim.Adam)
+    first = config(tmp_path / "broken", **options | {"schedule": replace(SCHEDULE, lr=0.01, epochs=1)})
+    Run(first, images).train(Watcher())
+    Run(config(tmp_path / "broken", **options), images, resume=True).train(Watcher())
+    left, right = state_of(whole.config.out), state_of(first.out)
+    assert_same(left["model"], right["model"])
+    fresh = Run(config(tmp_path / "fresh", **options), images)
+    fresh.save()
+    resumed = Run(config(tmp_path / "fresh", **options), images, resume=True)
+    resumed.train(Watcher())
+    assert_same(resumed.model.state_dict(), left["model"])
+    with pytest.raises(ValueError, match="optimizer='adam' there, 'sgd' here"):
+        Run(config(tmp_path / "broken", schedule=replace(SCHEDULE, lr=0.01)), images, resume=True)
+
+
+def test_run_begins_with_anothers_weights(tmp_path, images):
+    first = Run(config(tmp_path / "first", part=None), images)
+    first.train(Watcher())
+    options = {"part": None, "only": "block2", "start": first.config.out, "seed": 5}
+    second = Run(config(tmp_path / "second", **options), images)
+    before = {key: value.clone() for key, value in second.model.state_dict().items()}
+    assert_same(before, dict(first.model.state_dict()))
+    second.train(Watcher())
+    changed = {key for key, value in second.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {key.split(".")[0] for key in changed if "bn" not in key} == {"block2"}
+    Run(config(tmp_path / "second", **options), images, resume=True)
+    with pytest.raises(ValueError, match=r"start='.*' there, None here"):
+        Run(config(tmp_path / "second", **options | {"start": None}), images, resume=True)
+    state = state_of(first.config.out)
+    state["model"]["fc.bias"] += 1
+    torch.save(state, first.config.out / CHECKPOINT)
+    with pytest.raises(ValueError, match="start="):
+        Run(config(tmp_path / "second", **options), images, resume=True)
+    with pytest.raises(ValueError, match="nowhere"):
+        Run(config(tmp_path / "third", start=tmp_path / "nowhere"), images)
+
+
+def test_checkpoints_of_before_the_later_choices_resume(tmp_path, images):
+    Run(config(tmp_path, schedule=replace(SCHEDULE, epochs=1)), images).train(Watcher())
+    path = tmp_path / "run" / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    for key in ("dim", "select", "gamma", "optimizer", "bn", "start"):
+        del state["identity"][key]
+    state["identity"]["learn_bn"] = True
+    torch.save(state, path)
+    assert len(Run(config(tmp_path), images, resume=True).history) == 1
+    with pytest.raises(ValueError, match="dim=0 there, 1 here"):
+        Run(config(tmp_path, dim=1), images, resume=True)
+    state["identity"]["learn_bn"] = False
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="bn='frozen' there, 'learned' here"):
+        Run(config(tmp_path), images, resume=True)
+
+
+def test_records_say_how_much_is_learned_and_how_large_it_is(tmp_path, images):
+    run = Run(config(tmp_path), images)
+    run.train(Watcher())
+    assert {record["learned_weights"] for record in run.history} == {run.learned_weights}
+    fixed, learned = [], []
+    for module in run.model.modules():
+        if isinstance(module, PartialConv2d):
+            fixed.append(module.weight_frozen.detach().flatten(1).square().mean(1).sqrt())
+            learned.append(module.weight_trainable.detach().flatten(1).square().mean(1).sqrt())
+    last = run.history[-1]["magnitudes"]
+    assert last["fixed"] == pytest.approx(torch.cat(fixed).mean().item(), rel=1e-5)
+    assert last["learned"] == pytest.approx(torch.cat(learned).mean().item(), rel=1e-5)
+    assert run.history[0]["magnitudes"]["fixed"] == last["fixed"]
+    assert run.history[0]["magnitudes"]["learned"] != last["learned"]
+
+
+@pytest.mark.parametrize("options", [{"part": None}, {"dim": 1}, {"dim": 2}, {"only": "block1", "part": None}], ids=str)
+def test_magnitudes_of_every_kind_of_part(tmp_path, images, options):
+    run = Run(config(tmp_path, **options), images)
+    found = magnitudes(run.model.state_dict(), subsets(run.model))
+    layer = found["block1.0.conv2"]
+    sizes = {"fixed": len(layer["fixed"]), "learned": len(layer["learned"])}
+    assert sizes == {"fixed": 16 if "dim" in options else 0, "learned": 16}
+    other = found["block2.0.conv2"]
+    assert len(other["learned"]) == (0 if options.get("only") else 32)
+    weight = run.model.block1[0].conv2
+    if options.get("dim") == 1:
+        expected = weight.weight_trainable.detach().square().mean((1, 2, 3)).sqrt()
+        torch.testing.assert_close(layer["learned"], expected)
+        torch.testing.assert_close(layer["fixed"], weight.weight[:, :12].detach().square().mean((1, 2, 3)).sqrt())
+    elif options.get("dim") == 2:
+        torch.testing.assert_close(layer["fixed"], weight.weight_frozen.square().mean((1, 2, 3)).sqrt())
+    assert (means(found)["fixed"] is None) == (options == {"part": None})
 
 
 def test_learning_rate_follows_the_schedule(tmp_path, images):
@@ -187,16 +283,14 @@ def test_diverging_run_stops_and_keeps_its_last_checkpoint(tmp_path, images):
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path, images, change, message):
     run = Run(config(tmp_path), images)
-    run.config.out.mkdir(parents=True)
-    run._save()
+    run.save()
     with pytest.raises(ValueError, match=message):
         Run(config(tmp_path, **change), images, resume=True)
 
 
 def test_one_filter_is_not_all_of_them(tmp_path, images):
     run = Run(config(tmp_path, part=1), images)
-    run.config.out.mkdir(parents=True)
-    run._save()
+    run.save()
     with pytest.raises(ValueError, match=r"part=1 there, 1\.0 here"):
         Run(config(tmp_path, part=1.0), images, resume=True)
 
@@ -244,8 +338,7 @@ class Hostile:
 def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, images, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run(config(tmp_path), images)
-    run.config.out.mkdir(parents=True)
-    run._save()
+    run.save()
     path = run.config.out / CHECKPOINT
     path.write_bytes(path.read_bytes()[:-200] if content == "truncated" else content)
     with pytest.raises(ValueError, match="no checkpoint that can be read") as refusal:
@@ -274,6 +367,8 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, images, content, 
         (["--net", "wrn-10-1", "--device", "meta"], "device='meta'"),
         (["--net", "wrn-10-1", "--seed", "99999999999999"], "seed=99999999999999"),
         (["--net", "wrn-10-1", "--out", "/dev/null/x"], "no folder that can be written to"),
+        (["--net", "wrn-10-1", "--dim", "1"], "dim=1 needs"),
+        (["--net", "wrn-10-1", "--start", "nowhere"], "no checkpoint"),
         (["--net", "wrn-10-1", "--only", "nothing", "--part", "0.1"], "only='nothing' has no convolution"),
         (["--net", "wrn-10-1", "--only", "fc", "--part", "1"], "only='fc' has no convolution"),
         (["--net", "wrn-99999999999999994-1"], "there is no network"),
@@ -362,8 +457,87 @@ def test_compiled_run_trains_like_an_eager_one(tmp_path, images):
     assert histories[0] == pytest.approx(histories[1], rel=1e-3)
 
 
-ALIKE = """
-import sys
+def without_seconds(history):
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "channels_last": True, "part": None}], ids=str)
+def test_steps_to_be_captured_train_like_others(tmp_path, images, options):
+    """On a CPU, where nothing is captured: the same numbers from the same draws, over a change of the rate."""
+    runs = [Run(config(tmp_path / str(graph), graph=graph, **options), images) for graph in (False, True)]
+    for run in runs:
+        run.train(Watcher())
+    assert without_seconds(runs[0].history) == without_seconds(runs[1].history)
+    assert_same(runs[0].model.state_dict(), runs[1].model.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "options", [{}, {"part": None}, {"amp": "bf16", "channels_last": True}, {"optimizer": "adam"}, {"dim": 2}], ids=str
+)
+def test_captured_steps_train_like_others(tmp_path, images, options):
+    schedule = replace(SCHEDULE, lr=0.001 if "optimizer" in options else 0.05)
+    options = options | {"device": "cuda", "schedule": schedule}
+    runs = [Run(config(tmp_path / str(graph), graph=graph, **options), images) for graph in (False, True)]
+    for run in runs:
+        run.train(Watcher())
+    assert runs[1]._captured_learn.graph is not None
+    for plain, captured in zip(runs[0].history, runs[1].history, strict=True):
+        assert plain["train_loss"] == pytest.approx(captured["train_loss"], rel=0.05)
+    for plain, captured in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(plain, captured, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_epoch_keeps_the_gpu_busy(tmp_path):
+    """At least 90 % of an epoch in kernels, of a network whose kernels are longer than a launch."""
+    generator = torch.Generator().manual_seed(0)
+    split = data.Split(
+        torch.randint(0, 256, (6400, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(6400) % 10
+    )
+    cifar = data.ImageSet("noise", split, split, 10, (0.5,) * 3, (0.3,) * 3, flip=True, padding=4)
+    run = Run(
+        Config("wrn-28-4", replace(schedule_of("wrn-28-4"), epochs=3), 0.1, amp="bf16", channels_last=True, graph=True,
+               device="cuda", out=tmp_path / "run"), cifar,
+    )  # fmt: skip
+    epochs = run.epochs(Watcher())
+    next(epochs)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        seconds = -time.perf_counter()
+        loss, _ = run._train_epoch(run.model, 1, run.config.schedule.lr_at(1), Watcher())
+        torch.cuda.synchronize()
+        seconds += time.perf_counter()
+    kernels = sum(event.device_time_total for event in profile.key_averages()) / 1e6
+    assert kernels >= 0.9 * seconds and loss > 0
+
+
+def test_graph_refuses_what_it_cannot_hold(tmp_path, images):
+    with pytest.raises(ValueError, match="loss scaling"):
+        Run(config(tmp_path, graph=True, amp="fp16"), images)
+
+
+def test_comparison_trains_the_plain_twin_beside(tmp_path, images, capsys):
+    run = Run(config(tmp_path, bn="frozen"), images)
+    compare(run)
+    result = json.loads((tmp_path / "run" / "compare.json").read_text())
+    plain = state_of(tmp_path / "run" / "plain")
+    assert plain["identity"]["part"] is None and plain["identity"]["bn"] == "learned" and not plain["subsets"]
+    ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(run.history, plain["history"], strict=True))
+    assert len(ratios) == 3 and result["ratio"] == ratios[1]
+    assert f"ratio {ratios[1]:.2f}" in capsys.readouterr().out
+    alone = Run(config(tmp_path / "alone", bn="frozen"), images)
+    alone.train(Watcher())
+    assert without_seconds(alone.history) == without_seconds(run.history)
+    again = Run(config(tmp_path, bn="frozen"), images, resume=True)
+    compare(again)
+    assert json.loads((tmp_path / "run" / "compare.json").read_text()) == result
+
+
+WORKER = """
+import os, signal, sys
 import torch
 import torch.distributed as dist
 from rwn_ext.paper.__main__ import main
@@ -377,29 +551,88 @@ def alike(self):
 
 evaluate = Run._evaluate
 Run._evaluate = lambda self: (alike(self), evaluate(self))[1]
+steps, kill_at = 0, os.environ.get("KILL_RANK_1_AT_STEP")
+
+def step(self, *arguments):
+    global steps
+    steps += 1
+    if str(steps) == kill_at and self.ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take_step(self, *arguments)
+
+take_step, Run.step = Run.step, step
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def torchrun(folder: Path, *arguments: str) -> str:
-    """The output of two processes on one machine, whose parameters are alike after every epoch."""
+def torchrun(folder: Path, *arguments: str, kill_at_step: int | None = None) -> subprocess.CompletedProcess:
+    """Two processes on one machine, whose parameters are alike after every epoch; the second may be killed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    (folder / "alike.py").write_text(ALIKE)
-    done = subprocess.run(
-        [*command, "alike.py", "train", *arguments],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    if kill_at_step is not None:
+        environment["KILL_RANK_1_AT_STEP"] = str(kill_at_step)
+    (folder / "worker.py").write_text(WORKER)
+    return subprocess.run(
+        [*command, "worker.py", "train", *arguments],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
-def test_two_processes_train_one_network(tmp_path):
-    arguments = [*QUICK, "--device", "cpu", "--out", "run"]
-    assert torchrun(tmp_path, *arguments).count("best test accuracy") == 1
-    assert len((tmp_path / "run" / LOG).read_text().splitlines()) == 1
-    torchrun(tmp_path, *arguments, "--epochs", "2", "--resume")
-    assert len(state_of(tmp_path / "run")["history"]) == 2
+def log_of(folder: Path) -> list[dict]:
+    """Without the times."""
+    records = map(json.loads, (folder / LOG).read_text().splitlines())
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+@pytest.mark.works_with("torchrun: a run of which a process was killed resumes bit for bit (on a CPU)")
+def test_two_processes_of_which_one_is_killed_resume_bit_for_bit(tmp_path):
+    """An epoch has three steps; the second process dies in the middle of the second epoch."""
+    arguments = [*QUICK, "--device", "cpu", "--epochs", "2"]
+    whole = torchrun(tmp_path, *arguments, "--out", "whole")
+    assert whole.returncode == 0 and whole.stdout.count("best test accuracy") == 1, whole.stdout
+    killed = torchrun(tmp_path, *arguments, "--out", "killed", kill_at_step=5)
+    assert killed.returncode != 0 and "SIGKILL" in killed.stdout, killed.stdout
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")[:1]
+    assert len(state_of(tmp_path / "killed")["history"]) == 1
+    resumed = torchrun(tmp_path, *arguments, "--out", "killed", "--resume")
+    assert resumed.returncode == 0, resumed.stdout
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole") and len(log_of(tmp_path / "whole")) == 2
+    left, right = (state_of(tmp_path / name) for name in ("killed", "whole"))
+    assert_same(left["model"], right["model"])
+    assert_same(left["optimizer"], right["optimizer"])
+
+
+@pytest.mark.parametrize("when", ["half a checkpoint", "before the log"])
+def test_a_process_killed_while_it_writes_leaves_a_whole_checkpoint(tmp_path, images, when, monkeypatch):
+    """It never comes to clean up: an exception that nothing handles stands for the kill."""
+    Run(config(tmp_path / "whole"), images).train(Watcher())
+    broken = Run(config(tmp_path / "broken"), images)
+    epochs = broken.epochs(Watcher())
+    next(epochs)
+    save = torch.save
+
+    def save_half(state, path):
+        save(state, path)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        raise KeyboardInterrupt
+
+    def write_no_log(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if when == "half a checkpoint":
+            patch.setattr(torch, "save", save_half)
+        else:
+            patch.setattr(Run, "_write_log", write_no_log)
+        with pytest.raises(KeyboardInterrupt):
+            next(epochs)
+    assert len(log_of(tmp_path / "broken" / "run")) == 1
+    assert len(state_of(tmp_path / "broken" / "run")["history"]) == (1 if when == "half a checkpoint" else 2)
+    Run(config(tmp_path / "broken"), images, resume=True).train(Watcher())
+    left, right = tmp_path / "broken" / "run", tmp_path / "whole" / "run"
+    assert log_of(left) == log_of(right) and sorted(p.name for p in left.iterdir()) == [CHECKPOINT, LOG]
+    assert_same(state_of(left)["model"], state_of(right)["model"])
 
 
 def test_version_and_help_need_no_extra(tmp_path):
@@ -412,3 +645,16 @@ def test_version_and_help_need_no_extra(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "train" in done.stdout and "demo" in done.stdout
+
+
+def test_images_too_large_for_the_device_stay_where_they_are(tmp_path, images, monkeypatch):
+    """As on a GPU whose memory is too small: rows are moved batch by batch, and the numbers are the same."""
+    run = Run(config(tmp_path / "all"), images)
+    run.train(Watcher())
+    moved = []
+    monkeypatch.setattr("rwn_ext.paper.training._fits", lambda images, device: False)
+    monkeypatch.setattr(data.Split, "to", lambda self, device: moved.append(self))
+    lean = Run(config(tmp_path / "rows"), images)
+    lean.train(Watcher())
+    assert not moved and lean.images.train is images.train
+    assert without_seconds(run.history) == without_seconds(lean.history)

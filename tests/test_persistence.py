@@ -89,6 +89,9 @@ class TestLoadHooks:
                 layer.load_state_dict(nn.Conv2d(3, 6, 3).state_dict())
 
 
+@pytest.mark.does_not(
+    "keep what is written in place into the tensors of `state_dict()`: they are copies; load the changed state dict"
+)
 def test_writing_into_a_state_dict_changes_nothing_but_loading_it_does():
     """nn.Conv2d's would be the weight itself. The class's docstring says so."""
     model = partial()
@@ -101,6 +104,7 @@ def test_writing_into_a_state_dict_changes_nothing_but_loading_it_does():
     assert torch.equal(model[0].weight, before["0.weight"] + 1) and same(model.state_dict(), state)
 
 
+@pytest.mark.works_with("`torch.save`, pickle, `copy.deepcopy`, safetensors")
 class TestFiles:
     def test_safetensors_of_the_state(self, tmp_path):
         model, path = partial(), tmp_path / "model.safetensors"
@@ -186,6 +190,7 @@ def test_memory_format():
     assert model[0].weight_trainable.grad.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.works_with("averages of the weights (`AveragedModel`)")
 def test_an_average_of_the_weights_is_that_of_the_whole_model():
     model, plain = partial(), network()
     plain.load_state_dict(model.state_dict())
@@ -208,6 +213,7 @@ class TestTying:
             setattr(model[1], name, getattr(model[0], name))
         return model, plain
 
+    @pytest.mark.works_with("tied weights: layers that share their parts")
     def test_gradients_add_up(self):
         model, plain = self.tied()
         x, cotangent = integers(2, 4, 3, 3), integers(2, 4, 3, 3)
@@ -236,6 +242,7 @@ class Doubled(nn.Module):
         return weight / 2
 
 
+@pytest.mark.works_with("`parametrize` and `prune` on the learned part")
 class TestComputedParts:
     """parametrize and prune on the learned Parameter work; the state dict then holds the parts."""
 
@@ -287,6 +294,9 @@ class TestComputedParts:
         assert torch.equal(layer.weight[[1, 4]], conv.weight[[1, 4]] * mask)
 
     @pytest.mark.parametrize("how", ["parametrize", "prune"])
+    @pytest.mark.does_not(
+        "switch, reset or load whole weights into parts that are parametrised or pruned: do it before"
+    )
     def test_what_they_rule_out_is_said(self, how: str):
         layer, conv = self.layers()
         if how == "parametrize":

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwn_ext import PartialConv2d, convert, costs, cuda, planner
+from rwn_ext import PartialConv2d, convert, costs, cpu, cuda, planner
 from rwn_ext.planner import ALGORITHMS, FAMILIES, Problem, explain, plan
 
 
@@ -53,9 +53,28 @@ OLD = replace(costs.A100, name="V100", arch=70)
     ],
     ids=str,
 )
-def test_heuristic(change: dict, picked: str):
+def test_heuristic(change: dict, picked: str, without_cpu_kernel):
     chosen = plan(replace(LAYER, **change))
     assert chosen.algorithm == picked and chosen.reason
+
+
+@pytest.mark.skipif(cpu.native is None, reason="rwn_ext was built without a C++ compiler")
+@pytest.mark.parametrize(
+    ("change", "direct"),
+    [
+        ({}, True),
+        ({"learned": 63, "stride": (2, 2), "channels_last": False}, True),
+        ({"batch": 1, "height": 4, "width": 4}, True),
+        ({"learned": 64}, False),
+        ({"channels": 3}, False),
+        ({"groups": 2}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"kernel_size": (1, 1), "padding": (0, 0)}, False),
+    ],
+    ids=str,
+)
+def test_heuristic_with_the_cpu_kernel(change: dict, direct: bool):
+    assert (plan(replace(LAYER, **change)).algorithm == "direct") == direct
 
 
 @pytest.mark.parametrize(
@@ -295,7 +314,7 @@ def test_every_way_to_ask_for_cuda_is_refused_alike_without_a_gpu(monkeypatch: p
         PartialConv2d(4, 8, 3, trainable=2)(x)
 
 
-def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch):
+def test_explain_says_what_and_why(monkeypatch: pytest.MonkeyPatch, without_cpu_kernel):
     text = explain(LAYER)
     for part in (
         "6 of 64 filters 3x3",

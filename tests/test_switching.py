@@ -79,6 +79,7 @@ def test_a_loss_that_is_still_at_hand_does_not_disturb():
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.works_with("another subset between epochs, with momentum and moments that follow (SGD, Adam, AdamW)")
 def test_module_and_optimizer_stay_the_same_objects(make):
     model = partial()
     optimizer = make(model.parameters())
@@ -178,6 +179,7 @@ def test_compiled_code_follows():
         model.zero_grad()
 
 
+@pytest.mark.does_not("switch a layer that a CUDA graph has captured: capture again")
 def test_a_captured_layer_is_not_switched():
     layer = PartialConv2d(3, 6, 2, trainable=2)
     layer.captured = True
@@ -207,6 +209,26 @@ def test_a_cuda_graph_is_never_stale():
     del graph
     layer.captured = False
     layer.set_trainable_(3)
+
+
+@pytest.mark.does_not("give Rprop a start for weights that become learned: their step size begins at its minimum, 1e-6")
+def test_rprop_starts_new_weights_at_its_smallest_step():
+    """A limit: the state of what becomes learned starts at zero, and Rprop multiplies its step sizes."""
+    layer = PartialConv2d(3, 4, 3, trainable=[0, 1])
+    optimizer = torch.optim.Rprop([layer.weight_trainable, layer.bias_trainable], lr=0.01)
+    x = torch.randn(2, 3, 6, 6)
+
+    def step() -> torch.Tensor:
+        before = layer.weight.detach()
+        optimizer.zero_grad()
+        layer(x).sum().backward()
+        optimizer.step()
+        return (layer.weight.detach() - before).abs().amax((1, 2, 3))
+
+    step()
+    layer.set_trainable_([1, 2], optimizer=optimizer)
+    moved = step()
+    assert moved[1] > 1e-3 and 0 < moved[2] < 2e-6 and moved[0] == moved[3] == 0
 
 
 def test_gradient_norms_are_those_of_dense_training():

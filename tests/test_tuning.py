@@ -16,7 +16,7 @@ LAYER = Problem(2, 64, 8, 8, 64, 6, (3, 3), padding=(1, 1), channels_last=True)
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path):
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path, without_cpu_kernel):
     """Nothing measured so far, a cache directory of its own, and no trace of it afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "READING", 1e-6)

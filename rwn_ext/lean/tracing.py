@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from rwn_ext.lean.block import has_hooks
-from rwn_ext.modules import PartialConv2d
+from rwn_ext.partial_layer import PartialLayer
 
 
 class CannotTrace(Exception):
@@ -48,7 +48,7 @@ class _Tracer(fx.Tracer):
         # Tracing through a module runs its hooks once, now, and never again. Subclasses of torch's modules that compute
         # what these compute are torch's, too.
         torchs_own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
-        return isinstance(m, PartialConv2d) or torchs_own or has_hooks(m)
+        return isinstance(m, PartialLayer) or torchs_own or has_hooks(m)
 
 
 @contextmanager

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import io
-import pickle
-import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class DataError(ValueError):
-    """A data folder that cannot be used: one line with the path, what is wrong and the way out."""
+from rwn_ext.paper import imagenet
+from rwn_ext.paper.pickles import WAY_OUT, DataError, bytes_of, read_inert
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +50,20 @@ class ImageSet:
 def load(folder: str | Path | None, *, image_size: int | None = None) -> ImageSet:
     """CIFAR-10 or CIFAR-100 from an official folder or the folder above it; without one, scikit-learn's digits.
 
-    Nothing is downloaded or written. `image_size` (default 32) is for the digits alone, which are upsampled from 8x8.
-    The files are not trusted: sizes, shapes and labels are checked and a pickle cannot run code. Raises DataError for
-    a folder or file that cannot be used, ValueError for an impossible `image_size`, RuntimeError without scikit-learn.
+    Also downsampled ImageNet and folders of classes, see `rwn_ext.paper.imagenet`: these are read lazily from one file
+    into which they are once converted. Nothing else is written, and nothing downloaded. `image_size` is of the digits
+    (default 32), which are upsampled from 8x8, and of folders of classes (default 64). The files are not trusted:
+    sizes, shapes and labels are checked and a pickle cannot run code. Raises DataError for a folder or file that cannot
+    be used, ValueError for an impossible `image_size`, RuntimeError without a package that is needed.
     """
     if folder is None:
         return _digits(32 if image_size is None else image_size)
-    if image_size not in (None, 32):
-        raise ValueError(f"image_size={image_size}: CIFAR images are 32x32; leave image_size out or give no folder")
     try:
+        large = imagenet.read(Path(folder).expanduser(), image_size)
+        if large is not None:
+            return _large(large)
+        if image_size not in (None, 32):
+            raise ValueError(f"image_size={image_size}: CIFAR images are 32x32; leave image_size out or give no folder")
         place, layout = _find(Path(folder).expanduser())
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check the path and its permissions") from None
@@ -76,6 +77,42 @@ def load(folder: str | Path | None, *, image_size: int | None = None) -> ImageSe
         flip=True,
         padding=4,
     )
+
+
+def _large(found: imagenet.Images) -> ImageSet:
+    train, test = (Split(*part) for part in (found.train, found.test))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    padding = train.images.size(-1) // 8
+    return ImageSet(found.name, train, test, found.num_classes, mean, std, flip=True, padding=padding)
+
+
+def split_classes(images: ImageSet, tasks: int) -> list[ImageSet]:
+    """As many image sets, each of consecutive classes, numbered anew from 0. The first may have one more."""
+    if not 2 <= tasks <= images.num_classes // 2:
+        raise ValueError(f"split={tasks} must leave each of 2 or more tasks 2 of the {images.num_classes} classes")
+    classes = torch.arange(images.num_classes).tensor_split(tasks)
+
+    def chosen(split: Split, first: int, last: int) -> Split:
+        rows = ((split.labels >= first) & (split.labels <= last)).nonzero().flatten()
+        return Split(split.images[rows], split.labels[rows] - first)
+
+    return [
+        replace(
+            images, name=f"{images.name}-{first}-{last}", num_classes=last - first + 1,
+            train=chosen(images.train, first, last), test=chosen(images.test, first, last),
+        )
+        for first, last in ((int(group[0]), int(group[-1])) for group in classes)
+    ]  # fmt: skip
+
+
+def rotated(images: ImageSet, quarters: int) -> ImageSet:
+    """The same images turned by 90 degrees, counterclockwise, this many times."""
+
+    def turned(split: Split) -> Split:
+        return Split(split.images.rot90(quarters, (2, 3)).contiguous(), split.labels)
+
+    name = f"{images.name}-{90 * quarters}deg"
+    return replace(images, name=name, train=turned(images.train), test=turned(images.test))
 
 
 def batches(
@@ -93,6 +130,15 @@ def batches(
     so ranks must hold equal generators. Every rank gets equally many, equally long batches: the up to
     `world_size - 1` rows that would make the last one uneven are left out, so evaluate with `world_size=1`.
     """
+    parts = batch_rows(split, batch_size, generator=generator, drop_last=drop_last, rank=rank, world_size=world_size)
+    return ((split.images.index_select(0, rows), split.labels.index_select(0, rows)) for rows in parts)
+
+
+def batch_rows(
+    split: Split, batch_size: int, *, generator: torch.Generator | None = None, drop_last: bool = False, rank: int = 0,
+    world_size: int = 1,
+) -> list[Tensor]:  # fmt: skip
+    """Which rows of the split the batches of an epoch hold, see `batches`."""
     if batch_size < 1 or world_size < 1 or batch_size % world_size:
         raise ValueError(f"batch_size={batch_size} must be a positive multiple of world_size={world_size}")
     if not 0 <= rank < world_size:
@@ -104,8 +150,7 @@ def batches(
         order = torch.randperm(len(split), generator=generator, device=generator.device).to(device)
     end = len(split) - len(split) % (batch_size if drop_last else world_size)
     # Batches start at multiples of world_size, so striding the whole order strides each batch.
-    parts = order[:end][rank::world_size].split(batch_size // world_size)
-    return ((split.images.index_select(0, rows), split.labels.index_select(0, rows)) for rows in parts if len(rows))
+    return [rows for rows in order[:end][rank::world_size].split(batch_size // world_size) if len(rows)]
 
 
 def random_crop_flip(images: Tensor, generator: torch.Generator, *, padding: int, flip: bool) -> Tensor:
@@ -114,17 +159,29 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, *, padding: int
     images (N, C, H, W); the result has their shape, dtype, device and memory format. `generator` lives on the same
     device, and the host never waits. The paper's augmentation of CIFAR: padding 4, mirrored.
     """
+    return crop_flip(images, draws(len(images), generator, padding=padding, flip=flip), padding=padding)
+
+
+def draws(count: int, generator: torch.Generator, *, padding: int, flip: bool) -> Tensor:
+    """The random numbers of `random_crop_flip` for so many images, (3, count) int64: rows and columns by which they are
+    shifted, in 0..2 padding, and whether they are mirrored."""
     if padding < 0:
         raise ValueError(f"padding={padding} must not be negative; 0 leaves images where they are")
+
+    def draw(limit: int) -> Tensor:
+        return torch.randint(limit, (count,), generator=generator, device=generator.device)
+
+    rows, cols = draw(2 * padding + 1), draw(2 * padding + 1)
+    return torch.stack([rows, cols, draw(2) if flip else torch.zeros_like(rows)])
+
+
+def crop_flip(images: Tensor, draws: Tensor, *, padding: int) -> Tensor:
+    """What `random_crop_flip` does, given its random numbers: the same bits on every device, by one gather."""
     n, c, h, w = images.shape
-
-    def draw(count: int) -> Tensor:
-        return torch.randint(count, (n, 1), generator=generator, device=images.device)
-
-    rows = draw(2 * padding + 1) + torch.arange(h, device=images.device)  # (N, H)
-    cols = draw(2 * padding + 1) + torch.arange(w, device=images.device)  # (N, W)
-    if flip:
-        cols = torch.where(draw(2) == 1, cols.flip(1), cols)
+    top, left, mirrored = draws[:, :, None]  # (N, 1) each
+    rows = top + torch.arange(h, device=images.device)  # (N, H)
+    cols = left + torch.arange(w, device=images.device)  # (N, W)
+    cols = torch.where(mirrored == 1, cols.flip(1), cols)
     padded = F.pad(images, (padding, padding, padding, padding))
     pixels = rows[:, :, None] * padded.shape[3] + cols[:, None, :]  # (N, H, W)
     crops = padded.flatten(2).gather(2, pixels.view(n, 1, h * w).expand(n, c, h * w)).view(n, c, h, w)
@@ -137,11 +194,15 @@ def normalize(
 ) -> Tensor:
     """`((images / 255 - mean) / std).to(dtype)` by channel, computed in float32, in the images' memory format."""
 
-    def by_channel(values: tuple[float, ...]) -> Tensor:
-        # A blocking copy would make the host wait for the device at every batch.
-        return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).to(images.device, non_blocking=True)
+    own_mean, own_std = (_by_channel(values, images.device) for values in (mean, std))
+    return images.to(torch.float32, copy=True).div_(255).sub_(own_mean).div_(own_std).to(dtype)
 
-    return images.to(torch.float32, copy=True).div_(255).sub_(by_channel(mean)).div_(by_channel(std)).to(dtype)
+
+@lru_cache(maxsize=64)
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once for each device: a copy from the host would make it wait, and a CUDA graph cannot hold one."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -170,7 +231,6 @@ LAYOUTS = {
 }
 PIXELS = 3 * 32 * 32  # bytes an image: R, G, B planes, each row by row
 MAX_FILE_BYTES = 512 * 2**20
-WAY_OUT = "unpack the official archive again"
 
 
 def _find(folder: Path) -> tuple[Path, Layout]:
@@ -222,13 +282,7 @@ def _from_binary(path: Path, content: bytes, label_bytes: int, num_classes: int,
 
 
 def _from_pickle(path: Path, content: bytes, label_key: bytes, num_classes: int, records: int) -> Split:
-    try:
-        _refuse_bombs(content)
-        batch = _InertUnpickler(io.BytesIO(content), encoding="bytes").load()
-    # A damaged or hostile stream can raise anything: KeyError, TypeError, MemoryError and more.
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{path}: not a pickle that can be read safely ({reason}); {WAY_OUT}") from error
+    batch = read_inert(path, content)
     if not isinstance(batch, dict) or not {b"data", label_key} <= batch.keys():
         raise DataError(f"{path}: a pickled dict with the keys b'data' and {label_key!r} expected; {WAY_OUT}")
     labels = batch[label_key]
@@ -237,70 +291,11 @@ def _from_pickle(path: Path, content: bytes, label_key: bytes, num_classes: int,
         raise DataError(
             f"{path}: {label_key!r} must be a list of {records} integers in 0..{num_classes - 1}; {WAY_OUT}"
         )
-    match batch[b"data"]:
-        # As ndarray.__reduce__ writes it, protocols 0 to 4: (version, shape, dtype, is Fortran ordered, bytes).
-        case _Inert("_reconstruct", _, (int(), shape, _Inert("dtype", ("u1" | b"u1", *_)), False, bytes(pixels))):
-            pass
-        # The same for protocol 5.
-        case _Inert("_frombuffer", (bytes() | bytearray() as pixels, _Inert("dtype", ("u1", *_)), shape, "C")):
-            pass
-        case _:
-            shape, pixels = None, b""
+    shape, pixels = bytes_of(batch[b"data"])
     if shape != (records, PIXELS) or len(pixels) != records * PIXELS:
         raise DataError(f"{path}: b'data' must be a uint8 array of shape ({records}, {PIXELS}), C order; {WAY_OUT}")
     images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(records, 3, 32, 32)
     return Split(images, torch.tensor(labels, dtype=torch.int64))
-
-
-def _refuse_bombs(content: bytes) -> None:
-    """An unpickler sets aside as much memory as a few bytes of a stream say: here they must not exceed the stream.
-
-    Walking through the operations reads their arguments only as far as there are any, and sets nothing aside.
-    """
-    for operation, argument, _ in pickletools.genops(content):
-        if "PUT" in operation.name and isinstance(argument, int) and argument > len(content):
-            raise pickle.UnpicklingError(f"it numbers an object {argument} in {len(content)} bytes")
-
-
-class _InertUnpickler(pickle.Unpickler):
-    """Reads plain containers and numbers; the names that a numpy array needs become inert records of their use.
-
-    NumPy itself is never called: its `__setstate__` methods trust their input, which here is a stranger's.
-    """
-
-    def find_class(self, module: str, name: str) -> _Inert:
-        if f"{module}.{name}" not in ARRAY_GLOBALS:
-            raise pickle.UnpicklingError(f"it names the forbidden global {f'{module}.{name}'!r}")
-        return _Inert(name)
-
-
-ARRAY_GLOBALS = {
-    "_codecs.encode",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.numeric._frombuffer",
-    "numpy._core.numeric._frombuffer",
-}
-
-
-class _Inert:
-    """Stands where a pickle names a global: keeps the arguments of a call and the state that is set, runs nothing.
-
-    The exception is `_codecs.encode(text, "latin1")`, how Python 3 writes bytes into the pickles of protocols 0 to 2.
-    """
-
-    __slots__ = __match_args__ = ("name", "args", "state")
-
-    def __init__(self, name: str, args: tuple[Any, ...] = ()) -> None:
-        self.name, self.args, self.state = name, args, None
-
-    def __call__(self, *args: Any) -> bytes | _Inert:
-        return args[0].encode("latin1") if self.name == "encode" else _Inert(self.name, args)
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
 
 
 def _digits(image_size: int) -> ImageSet:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,11 +14,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from rwn_ext.paper import data
+from rwn_ext.paper.costs import Cost, costs, machine
 from rwn_ext.paper.progress import ProgressWatcher, bar
 from rwn_ext.paper.schedules import schedule_of
-from rwn_ext.paper.timing import interleaved, ratio
 from rwn_ext.paper.training import CHECKPOINT, Config, Run
-from rwn_ext.report import saved_for_backward, training_bytes
 
 NET, IMAGE_SIZE = "wrn-16-2", 16
 PLAIN = "nn.Conv2d"
@@ -35,15 +31,10 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Row:
+class Row(Cost):
     """What one contender learned, cost and reached."""
 
     name: str
-    learned_weights: int
-    step_ms: float
-    step_ratio: float
-    training_bytes: int
-    saved_bytes: int
     best_accuracy: float
 
 
@@ -73,7 +64,7 @@ class Demo:
         self.out.mkdir(parents=True, exist_ok=True)
         schedule = self.runs[PLAIN].config.schedule
         results = {
-            "machine": _machine(self.runs[PLAIN].device),
+            "machine": machine(self.runs[PLAIN].device),
             "net": NET,
             "image_size": IMAGE_SIZE,
             "batch_size": schedule.batch_size,
@@ -94,40 +85,10 @@ class Demo:
         return best
 
     def _measure(self, best: dict[str, float], progress: Progress) -> list[Row]:
-        """Step times of all contenders in turn, so that drift of the machine cancels; bytes of one step of each."""
-        images, size = self.runs[PLAIN].images.train, self.runs[PLAIN].config.schedule.batch_size
-        batch = images.images[:size], images.labels[:size]
-        steps = {name: _step(run, batch) for name, run in self.runs.items()}
         task = progress.add_task("timing", total=self.rounds)
-        seconds = interleaved(steps, self.rounds, after_round=lambda: progress.advance(task))
+        found = costs(self.runs, PLAIN, self.rounds, after_round=lambda: progress.advance(task))
         progress.remove_task(task)
-        rows = []
-        for name, run in self.runs.items():
-            with saved_for_backward(run.model) as saved:
-                loss, _ = run.loss(run.model, *batch)
-            loss.backward()
-            rows.append(
-                Row(
-                    name=name,
-                    learned_weights=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-                    step_ms=1000 * statistics.median(seconds[name]),
-                    step_ratio=ratio(seconds, name, PLAIN),
-                    training_bytes=training_bytes(run.model, run.optimizer),
-                    saved_bytes=saved.bytes,
-                    best_accuracy=best[name],
-                )
-            )
-        return rows
-
-
-def _step(run: Run, batch: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], object]:
-    run.model.train()
-    return lambda: run.step(run.model, *batch)
-
-
-def _machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}"
+        return [Row(**asdict(cost), name=name, best_accuracy=best[name]) for name, cost in found.items()]
 
 
 HEADER = (

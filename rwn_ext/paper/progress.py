@@ -1,13 +1,18 @@
-"""How a run shows itself: a progress bar that lives for an epoch, a line that stays."""
+"""How a run shows itself: a progress bar that lives for an epoch, a line that stays, a table of its weights."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-from rwn_ext.paper.training import Run
+from rwn_ext.paper.magnitudes import KINDS, Magnitudes
+from rwn_ext.paper.training import Run, replacing
 
 
 def bar(console: Console) -> Progress:
@@ -74,3 +79,19 @@ def train_with_progress(run: Run) -> None:
     console.print(
         f"best test accuracy {best:.2f} %; log and checkpoint in {config.out}", highlight=False, soft_wrap=True
     )
+
+
+def show_magnitudes(found: Magnitudes, path: Path) -> None:
+    """Prints a table of the layers' means and writes every filter's value: {layer: {kind: [...]}} in JSON."""
+    table = Table(title="root mean square of filters (mean)", box=SIMPLE_HEAD)
+    for column in ("layer", *KINDS):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer, kinds in found.items():
+        table.add_row(layer, *(f"{kinds[kind].mean().item():.4f}" if len(kinds[kind]) else "" for kind in KINDS))
+    Console().print(table)
+    values = {
+        layer: {kind: [round(value, 6) for value in kinds[kind].tolist()] for kind in KINDS}
+        for layer, kinds in found.items()
+    }
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(values) + "\n")

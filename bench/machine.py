@@ -1,0 +1,23 @@
+"""What numbers depend on: the machine and the code, as a results file says it; nothing in it names the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from bench.rates import rates
+
+COMMIT_FACTS = ("id", "time", "dirty")
+
+
+def described(found: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """A results file's "machine_info", of what pytest-benchmark has found."""
+    name = torch.cuda.get_device_name() if device == "cuda" else found["cpu"].get("brand_raw", "unknown CPU")
+    return {
+        **{key: found[key] for key in ("machine", "system", "python_version")},
+        "device": name, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."), "rates": asdict(rates(device, dtype)),
+    }  # fmt: skip

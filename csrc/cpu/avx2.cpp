@@ -1,0 +1,8 @@
+// The inner loops for AVX2 with FMA.
+#define LANES 8
+#define COLUMNS 6
+#include "correlate.h"
+
+namespace rwn::cpu {
+extern const Code avx2 = {"avx2", TILE, correlate, scratch_floats};
+}

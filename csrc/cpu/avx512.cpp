@@ -1,0 +1,8 @@
+// The inner loops for AVX-512.
+#define LANES 16
+#define COLUMNS 12
+#include "correlate.h"
+
+namespace rwn::cpu {
+extern const Code avx512 = {"avx512", TILE, correlate, scratch_floats};
+}

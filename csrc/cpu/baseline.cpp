@@ -1,0 +1,8 @@
+// The inner loops for any machine of the kind compiled for: registers of four floats (SSE2, NEON).
+#define LANES 4
+#define COLUMNS 6
+#include "correlate.h"
+
+namespace rwn::cpu {
+extern const Code baseline = {"baseline", TILE, correlate, scratch_floats};
+}

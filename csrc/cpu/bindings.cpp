@@ -1,0 +1,61 @@
+// The module rwn_ext._cpu. Addresses and sizes in, exceptions out; no torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "weight_grad.h"
+
+namespace py = pybind11;
+
+namespace rwn::cpu {
+namespace {
+
+using Pair = std::array<int, 2>;
+using Quadruple = std::array<int, 4>;
+using Strides = std::array<int64_t, 4>;
+
+const Code& code_named(const std::string& name) {
+  std::string able;
+  for (const Code* const* code = codes(); *code; ++code) {
+    if (name == (*code)->name) return **code;
+    able += (able.empty() ? "" : ", ") + std::string((*code)->name);
+  }
+  throw py::value_error("instructions='" + name + "' cannot run here; choose one of " + able);
+}
+
+void bound_weight_grad(uintptr_t input, const Quadruple& input_size, const Strides& input_stride, uintptr_t grad_output,
+                       const Pair& output_size, const Strides& gradient_stride, const std::vector<int64_t>& filters,
+                       uintptr_t result, const Strides& result_stride, const Pair& kernel_size, const Pair& stride,
+                       const Pair& padding, const Pair& dilation, int threads, const std::string& instructions) {
+  Problem p{};
+  p.batch = input_size[0], p.channels = input_size[1], p.height = input_size[2], p.width = input_size[3];
+  p.learned = int(filters.size()), p.out_height = output_size[0], p.out_width = output_size[1];
+  p.kernel_h = kernel_size[0], p.kernel_w = kernel_size[1], p.stride_h = stride[0], p.stride_w = stride[1];
+  p.padding_h = padding[0], p.padding_w = padding[1], p.dilation_h = dilation[0], p.dilation_w = dilation[1];
+  for (int i = 0; i < 4; ++i) {
+    p.input_stride[i] = input_stride[i], p.gradient_stride[i] = gradient_stride[i];
+    p.result_stride[i] = result_stride[i];
+  }
+  if (threads < 1) throw py::value_error("threads=" + std::to_string(threads) + " is less than 1");
+  const Code& code = instructions.empty() ? **codes() : code_named(instructions);
+  py::gil_scoped_release release;
+  weight_grad(code, p, reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(grad_output),
+              filters.data(), reinterpret_cast<float*>(result), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  py::list names;
+  for (const Code* const* code = codes(); *code; ++code) names.append((*code)->name);
+  m.attr("INSTRUCTIONS") = py::tuple(names);
+  m.def("weight_grad", &bound_weight_grad, py::arg("input"), py::arg("input_size"), py::arg("input_stride"),
+        py::arg("grad_output"), py::arg("output_size"), py::arg("grad_output_stride"), py::arg("filters"),
+        py::arg("result"), py::arg("result_stride"), py::arg("kernel_size"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("threads"), py::arg("instructions") = "");
+}
+
+}  // namespace rwn::cpu

@@ -1,0 +1,42 @@
+// The weight gradient of few filters on a CPU, in float32: what is asked for, and the parts it is made of.
+#pragma once
+#include <cstdint>
+
+namespace rwn::cpu {
+
+// Sizes, and strides in elements. Of the result (Kt, C, R, S), `learned` is Kt.
+struct Problem {
+  int batch, channels, height, width;
+  int learned, out_height, out_width;
+  int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t input_stride[4], gradient_stride[4], result_stride[4];
+
+  int taps() const { return kernel_h * kernel_w; }
+};
+
+// One step of the work: some images' share of the gradient, for one tile of channels.
+struct Item {
+  int first_image, images;
+  int first_channel, channels;  // fewer than a tile at the end
+};
+
+// The code of one instruction set. `gradient` is (N, P, Q, Kt), `sums` (taps, Kt, tile) and all zero before;
+// `scratch` holds `scratch_floats`.
+struct Code {
+  const char* name;
+  int tile;  // channels that are worked on at once
+  void (*correlate)(const Problem&, const Item&, const float* input, const float* gradient, float* scratch,
+                    float* sums);
+  int64_t (*scratch_floats)(const Problem&);
+};
+
+// Those that this machine can run, the best first; then nullptr.
+const Code* const* codes();
+
+// result[k, c, r, s] = sum over n, p, q of grad_output[n, filters[k], p, q] * input[n, c, p', q'], where
+// p' = p * stride_h + r * dilation_h - padding_h, q' likewise. The order of the sums depends on the sizes alone,
+// not on `threads`.
+void weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
+                 const int64_t* filters, float* result, int threads);
+
+}  // namespace rwn::cpu

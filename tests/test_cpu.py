@@ -1,0 +1,159 @@
+"""The compiled kernel of the CPU, in every instruction set this machine runs: exact sums, float64, threads, layouts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwn_ext import PartialConv2d, backends, cpu, ops, planner
+from rwn_ext.planner import Problem
+from rwn_ext.subsets import Subset, run_indices
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="rwn_ext was built without a C++ compiler")
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def instructions() -> tuple[str, ...]:
+    return cpu.native.INSTRUCTIONS if cpu.native is not None else ()
+
+
+def weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, which=""):
+    out = torch.full((len(filters), input.size(1), *kernel_size), torch.nan)
+    return cpu.weight_grad(
+        grad_output, input, filters.runs, kernel_size, stride, padding, dilation, out=out, instructions=which
+    )
+
+
+def oracle(grad_output, input, filters, kernel_size, stride, padding, dilation):
+    """By autograd through the dense convolution in float64."""
+    weight = torch.zeros(grad_output.size(1), input.size(1), *kernel_size, dtype=torch.float64, requires_grad=True)
+    output = F.conv2d(input.double(), weight, None, stride, padding, dilation)
+    (whole,) = torch.autograd.grad(output, weight, grad_output.double())
+    return whole[list(run_indices(filters.runs))]
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@pytest.mark.parametrize("which", instructions())
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    batch=st.integers(1, 4), channels=st.integers(1, 70), filters=st.integers(1, 40), data=st.data(),
+    kernel=pairs, stride=pairs, dilation=pairs, padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    extra=st.tuples(st.integers(0, 9), st.sampled_from((0, 1, 6, 40, 75))), layout=st.sampled_from(LAYOUTS),
+)  # fmt: skip
+def test_sums_of_integers_are_exact(
+    which, batch, channels, filters, data, kernel, stride, dilation, padding, extra, layout
+):
+    size = [
+        max(d * (k - 1) + 1 - 2 * pad, 1) + e for d, k, pad, e in zip(dilation, kernel, padding, extra, strict=True)
+    ]
+    input = torch.randint(-4, 5, (batch, channels, *size)).float().contiguous(memory_format=layout)
+    shape = F.conv2d(input, torch.zeros(filters, channels, *kernel), None, stride, padding, dilation).shape
+    grad_output = torch.randint(-4, 5, shape).float().contiguous(memory_format=layout)
+    chosen = data.draw(st.sets(st.integers(0, filters - 1), min_size=1))
+    learned = Subset.from_indices(filters, sorted(chosen))
+    geometry = (learned, kernel, stride, padding, dilation)
+    ours = weight_grad(grad_output, input, *geometry, which)
+    assert torch.equal(ours.double(), oracle(grad_output, input, *geometry))
+
+
+@pytest.mark.parametrize("which", instructions())
+def test_any_strides(which):
+    """Operands cut out of larger ones; a result of its own layout."""
+    input = torch.randn(2, 60, 9, 20)[:, 3:50, :, ::2]
+    grad_output = torch.randn(9, 10, 30, 2).permute(3, 2, 0, 1)
+    geometry = (Subset.from_indices(30, [1, 2, 29]), (3, 3), (1, 1), (1, 1), (1, 1))
+    ours = weight_grad(grad_output, input, *geometry, which)
+    torch.testing.assert_close(ours.double(), oracle(grad_output, input, *geometry), rtol=1e-5, atol=1e-5)
+
+
+def test_sums_do_not_depend_on_the_threads():
+    input, grad_output = torch.randn(5, 40, 16, 16), torch.randn(5, 8, 16, 16)
+    geometry = (Subset.from_indices(8, [2, 5, 7]), (3, 3), (1, 1), (1, 1), (1, 1))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results += [weight_grad(grad_output, input, *geometry) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_long_sums_stay_accurate():
+    """A block is summed by itself: all the pixels in one float32 sum would lose digits."""
+    input, grad_output = torch.rand(64, 16, 32, 32), torch.rand(64, 2, 32, 32)
+    geometry = (Subset.full(2), (1, 1), (1, 1), (0, 0), (1, 1))
+    expected = oracle(grad_output, input, *geometry)
+    error = (weight_grad(grad_output, input, *geometry).double() - expected).norm() / expected.norm()
+    assert error < 8 * torch.finfo(torch.float32).eps
+
+
+def test_it_works_without_openmp():
+    """Where no OpenMP is in the process, the threads are its own."""
+    program = f"""
+import importlib.util, ctypes, array
+spec = importlib.util.spec_from_file_location("_cpu", {cpu.native.__file__ if cpu.native else ""!r})
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+assert not hasattr(ctypes.CDLL(None), "GOMP_parallel")
+ones, result = array.array("f", [1] * 4 * 32 * 25), array.array("f", [0] * 32)
+address = lambda a: a.buffer_info()[0]
+native.weight_grad(address(ones), (4, 32, 5, 5), (800, 25, 5, 1), address(ones), (5, 5), (800, 25, 5, 1), [3],
+                   address(result), (32, 1, 1, 1), (1, 1), (1, 1), (0, 0), (1, 1), 4)
+assert set(result) == {{100.0}}, result
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_instructions():
+    with pytest.raises(ValueError, match=r"instructions='mmx' cannot run here; choose one of .*baseline"):
+        weight_grad(
+            torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), Subset.full(1), *[(1, 1)] * 2, (0, 0), (1, 1), "mmx"
+        )
+
+
+def test_a_layer_asked_for_it_gets_the_gradient_of_its_filters():
+    torch.manual_seed(0)
+    conv = PartialConv2d(24, 20, 3, stride=2, padding=1, trainable=[0, 3, 19], algorithm="direct")
+    x = torch.randn(3, 24, 11, 12).to(memory_format=torch.channels_last)
+    output = conv(x)
+    cotangent = torch.randn_like(output)
+    output.backward(cotangent)
+    expected = oracle(cotangent, x, conv.filters, (3, 3), (2, 2), (1, 1), (1, 1))
+    torch.testing.assert_close(conv.weight_trainable.grad.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_double_backward_goes_through_differentiable_operations():
+    input, grad_output = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(2, 4, 5, 5, requires_grad=True)
+    geometry = ((1, 3), (3, 3), (1, 1), (1, 1), (1, 1), 1, "direct")
+    assert ops.conv2d_weight_grad(grad_output, input, *geometry).grad_fn is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "bfloat16"}, "not bfloat16 on cpu"),
+        ({"device": "cuda"}, "not float32 on cuda"),
+        ({"groups": 2}, "the learned filters lie in 2"),
+    ],
+)
+def test_obstacles(change, reason):
+    problem = Problem(
+        **{"batch": 2, "channels": 8, "height": 8, "width": 8, "filters": 8, "learned": 2, "kernel_size": (3, 3)}
+        | change
+    )
+    with pytest.raises(ValueError, match=reason):
+        planner.plan(problem, "direct")
+
+
+def test_backends_names_the_instructions():
+    assert f"cpu: compiled, runs as {instructions()[0]}" in backends.backends()
