@@ -202,9 +202,9 @@ def disassembler() -> Path | None:
     return beside if beside.is_file() else None
 
 
-# What every kernel of a family must show in its machine code, how often at least, by architecture: tensor cores, 16-
-# byte or TMA copies of X; the fences before and after the blocks' barrier; those of mbarriers and of each stage before
-# the tensor cores read what threads wrote. All: at most 255 registers, no spills, no stack, no local memory.
+# What every kernel of a family must show in its machine code, how often at least, by architecture: tensor cores; copies
+# of X of 16 bytes or by TMA; the fences before and after the blocks' barrier; those of the mbarriers, and of each stage
+# before the tensor cores read what threads wrote. All: at most 255 registers, no spills, no stack, no local memory.
 MEET = {r"MEMBAR\.\S*\.GPU": 2}
 PLAIN = {"FFMA": 1} | MEET
 AMPERE = {r"HMMA\.16816": 1, r"LDGSTS\.E.*\.128": 1, r"LDSM\.16\.MT88\.4": 1} | MEET

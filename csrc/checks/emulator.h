@@ -90,7 +90,7 @@ struct Thread {
   Block* block;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  bool done = false;
+  bool done = false, waiting = false;  // for other warps
   std::deque<std::vector<Copy>> groups{1};
   std::vector<std::function<void()>> products;
 };
@@ -101,22 +101,27 @@ inline std::function<void()> body;
 
 inline Thread& self() { return *current; }
 inline void yield() { swapcontext(&current->context, &scheduler); }
+// Until another warp does something.
+inline void wait() {
+  current->waiting = true;
+  yield();
+}
 
-inline void wait_for_all(int& arrived, unsigned& generation, int count) {
+inline void wait_for_all(int& arrived, unsigned& generation, int count, void (*rest)()) {
   const unsigned mine = generation;
   if (++arrived == count) {
     arrived = 0;
     ++generation;
   }
-  while (generation == mine) yield();
+  while (generation == mine) rest();
 }
 inline void block_barrier() {
   Block& block = *self().block;
-  wait_for_all(block.arrived, block.generation, block.size.x);
+  wait_for_all(block.arrived, block.generation, block.size.x, wait);
 }
 inline Warp& warp() { return self().block->warps[self().index.x / 32]; }
 inline int lane() { return self().index.x % 32; }
-inline void warp_barrier() { wait_for_all(warp().arrived, warp().generation, 32); }
+inline void warp_barrier() { wait_for_all(warp().arrived, warp().generation, 32, yield); }
 
 inline void enter() {
   body();
@@ -124,7 +129,8 @@ inline void enter() {
   yield();
 }
 
-// Runs kernel(task) on blocks_x * blocks_y blocks; `backwards` lets the last block and thread go first.
+// Runs kernel(task) on blocks_x * blocks_y blocks. All warps go at one pace; `backwards`, each in turn runs as far ahead of
+// the others as barriers let it, the last block's last warp first.
 template <class Kernel, class Task>
 void launch(Kernel kernel, const Task& task, int blocks_x, int blocks_y, int threads, int shared_bytes, bool backwards) {
   constexpr int kStack = 96 * 1024;
@@ -158,11 +164,19 @@ void launch(Kernel kernel, const Task& task, int blocks_x, int blocks_y, int thr
       std::fprintf(stderr, "the kernel does not end: a barrier that some threads never reach?\n");
       std::abort();
     }
-    for (auto& thread : all) {
-      if (thread->done) continue;
-      current = thread.get();
-      swapcontext(&scheduler, &current->context);
-      left -= current->done;
+    for (size_t first = 0; first < all.size(); first += 32) {
+      bool goes_on = false;
+      do {
+        goes_on = false;
+        for (size_t i = first; i < first + 32; ++i) {
+          if (all[i]->done) continue;
+          current = all[i].get();
+          current->waiting = false;
+          swapcontext(&scheduler, &current->context);
+          left -= current->done;
+          goes_on |= backwards && !current->done && !current->waiting;
+        }
+      } while (goes_on);
     }
   }
 }
@@ -177,7 +191,7 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 }
 inline unsigned load_acquire(const unsigned* address) { return *address; }
 inline float4 load_uncached(const float4* address) { return *address; }
-inline void pause() { emulator::yield(); }
+inline void pause() { emulator::wait(); }
 
 inline void copy_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
@@ -257,7 +271,7 @@ inline void arrival_wait(uint64_t* barrier, int parity) {
   auto& arrival = emulator::self().block->arrivals[barrier];
   while ((arrival.phase & 1) == parity) {
     if (arrival.announced == 0 || arrival.announced != int(arrival.boxes.size()) * kBoxBytes) {
-      emulator::yield();
+      emulator::wait();
       continue;
     }
     for (const auto& box : arrival.boxes) {
