@@ -37,7 +37,7 @@ MARKS = {
     "wgmma": r"\bHGMMA\b",
     "mma": r"\bHMMA\b",
     "tcgen05": r"\bUTCHMMA\b",
-    "ffma": r"\bFFMA\b",
+    "ffma": r"\bFFMA2?\b",
     "async16": r"\bLDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128\b",
     "load16": r"\bLDG\.E\.(\w+\.)*128\b",
     "load2": r"\bLDG\.E\.(\w+\.)*U16\b",

@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels then run on CPU tensors, in the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from rwn_ext import cpu, planner
 
 # `make gpu` does without it, and without the tests that need it.
@@ -25,10 +29,6 @@ if importlib.util.find_spec("hypothesis"):
 
 # On tensors this small threads only wait for each other.
 torch.set_num_threads(1)
-
-if not torch.cuda.is_available():
-    # Before anything imports Triton: its kernels then run on CPU tensors, in the interpreter.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICES = [pytest.param("cpu", id="cpu")]
 if torch.cuda.is_available():
