@@ -16,7 +16,6 @@ from rwn_ext.lean import block, pooling, undo_lean
 from rwn_ext.lean.activations import activation_of
 from rwn_ext.lean.rewrite import IN_BLOCK, label, lean_graph
 from rwn_ext.lean.tracing import CannotTrace, lent_forward, trace
-from rwn_ext.modules import PartialConv2d
 from rwn_ext.partial_layer import PartialLayer
 from rwn_ext.subsets import run_length
 
