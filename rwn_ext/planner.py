@@ -308,6 +308,9 @@ CPU_CALL_MULTIPLY_ADDS = 4_000_000
 # A prediction is not exact: a kernel of this package is taken where it is predicted to need this share of the library's
 # time; a CUDA kernel, where it needs this share of a Triton kernel's too. No prediction was compared with a device yet.
 KERNEL_MARGIN = 0.9
+# The families that are taken without being asked for, in this order. The CUDA kernels have not run on a device yet: they
+# wait until someone asks for them, or measures.
+UNASKED = ("triton",)
 
 
 def _predicted(p: Problem) -> Plan:
@@ -316,8 +319,8 @@ def _predicted(p: Problem) -> Plan:
 
 def _by_cost(p: Problem) -> Plan:
     best, least = _cheapest(p, costs.LIBRARIES)
-    for kernels in costs.KERNELS.values():
-        possible = {name: cost for name, cost in kernels.items() if not _obstacle(p, name)}
+    for family in UNASKED:
+        possible = {name: cost for name, cost in costs.KERNELS[family].items() if not _obstacle(p, name)}
         if possible:
             name, seconds = _cheapest(p, possible)
             if seconds <= KERNEL_MARGIN * least:

@@ -318,7 +318,7 @@ def test_layers_that_would_lose_something_are_left_alone_and_listed(make, why: s
         convert(model, trainable=2, skip="0.*")
 
 
-def test_reports(capsys: pytest.CaptureFixture[str]):
+def test_reports(capsys: pytest.CaptureFixture[str], without_cpu_kernel):
     model = convert(network(), {"*": 0.5, "layer1.*": 0, "*.conv2": 1.0}, skip="*.downsample.*", verbose=True)
     text = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith(("stem", "layer"))}

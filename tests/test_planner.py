@@ -198,6 +198,8 @@ def test_a_family_is_taken_only_where_it_is_predicted_to_gain_a_tenth(monkeypatc
         return plan(problem).algorithm
 
     assert picked(1.0, 0.91, 0.91) == "full"
+    assert picked(1.0, 0.8, 0.1) == "swapped"  # CUDA kernels wait to be asked for
+    monkeypatch.setattr(planner, "UNASKED", ("triton", "cuda"))
     assert picked(1.0, 0.8, 0.75) == "swapped"
     assert picked(1.0, 0.8, 0.7) == "cuda_wgmma"
     assert picked(1.0, 2.0, 0.89) == "cuda_wgmma"
