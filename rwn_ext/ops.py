@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rwn_ext import costs, cpu, cuda, planner
 from rwn_ext.planner import Problem, plan
@@ -59,6 +60,10 @@ def merge(
         return plain(learned, fixed, runs, axis, dtype)
     if _watched():
         return torch.ops.rwn_ext.merge(learned, fixed, runs, axis, dtype, stage)
+    if learned.dtype == fixed.dtype == dtype and axis == 0 and len(runs) == 2 and fixed.is_cpu:
+        whole = _merged_in_room(learned, fixed, runs[0])
+        if whole is not None:
+            return whole
     return _merge(learned, fixed, runs, axis, dtype)
 
 
@@ -262,6 +267,51 @@ def _merge(
     whole = _empty_whole(learned, fixed, axis)
     whole.index_copy_(axis, _index(runs, fixed.device), learned)
     return whole.index_copy_(axis, _index(_complement(tuple(runs), whole.size(axis)), fixed.device), fixed)
+
+
+# Of a fixed Parameter, the whole tensor in whose memory it lies.
+_ROOMS = WeakIdKeyDictionary()
+# Below this size, copying all of it takes no longer than looking.
+_ROOM_BYTES = 1 << 16
+
+
+def make_room(fixed: Tensor, start: int, count: int) -> None:
+    """Moves a Parameter of fixed filters to memory with room for the whole, of which they are the first or last.
+
+    `merge` then copies only the `count` learned filters, from filter `start` on: copying what is fixed twice a step would
+    be felt. Nothing happens to a Parameter that is small, shared between processes, or not on a CPU.
+    """
+    _ROOMS.pop(fixed, None)
+    if (
+        type(fixed) is not nn.Parameter or not fixed.is_cpu or fixed.nbytes < _ROOM_BYTES
+        or start not in (0, fixed.size(0)) or fixed.is_shared() or fixed.is_inference()
+    ):  # fmt: skip
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.empty(
+            (fixed.size(0) + count, *fixed.shape[1:]), dtype=fixed.dtype, memory_format=memory_format(fixed)
+        )
+        place = whole.narrow(0, 0 if start else count, fixed.size(0))
+        if place.stride() == fixed.stride():
+            fixed.data = place.copy_(fixed)
+            _ROOMS[fixed] = whole
+
+
+def _merged_in_room(learned: Tensor, fixed: Tensor, start: int) -> Tensor | None:
+    """The whole in the memory `make_room` gave, lent until the next call; None where there is none.
+
+    Nor is there where the whole must be differentiable, or where the Parameter has been given other memory since.
+    """
+    whole = _ROOMS.get(fixed)
+    if whole is None or (learned.requires_grad and torch.is_grad_enabled()):
+        return None
+    rows = learned.size(0)
+    if whole.size(0) != rows + fixed.size(0):
+        return None
+    if whole.narrow(0, 0 if start else rows, fixed.size(0)).data_ptr() != fixed.data_ptr():
+        return None
+    whole.narrow(0, start, rows).copy_(learned)
+    return whole
 
 
 @lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rwn_ext import ops
 from rwn_ext.partition import BIAS_PARTS, PARTS, WEIGHT_PARTS, Partition
 from rwn_ext.subsets import Subset, choose
 
@@ -254,6 +255,18 @@ class PartialLayer(nn.Module):
                 parameter = self._idle.pop(name) if old is None else old
                 _set_value(parameter, part)
                 self.register_parameter(name, parameter)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Lets the fixed filters lie where merging them with the learned ones costs least."""
+        fixed, runs = self._parameters.get("weight_frozen"), self.filters.runs
+        if fixed is not None and len(runs) == 2 and self.frozen != "zero":
+            ops.make_room(fixed, runs[0], len(self.filters))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PartialLayer:
+        super()._apply(*args, **kwargs)
+        self._make_room()
+        return self
 
     def _parts(self, names: tuple[str, ...]) -> list[Tensor | None]:
         # nn.Module.__getattr__ takes longer; parametrised and pruned Parameters are found by it alone.

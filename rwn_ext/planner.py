@@ -308,7 +308,7 @@ CPU_CALL_MULTIPLY_ADDS = 4_000_000
 # A prediction is not exact: a kernel of this package is taken where it is predicted to need this share of the library's
 # time; a CUDA kernel, where it needs this share of a Triton kernel's too. No prediction was compared with a device yet.
 KERNEL_MARGIN = 0.9
-# The families that are taken without being asked for, in this order. The CUDA kernels have not run on a device yet: they
+# The families that are taken without being asked for, in this order. CUDA kernels have not run on a device yet: they
 # wait until someone asks for them, or measures.
 UNASKED = ("triton",)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import integers
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -283,3 +288,63 @@ def test_forward_and_grad_input_cost_what_conv2d_s_do():
             output.backward(torch.randn_like(output))
         counts.append((forward, counter.get_total_flops()))
     assert counts[0] == counts[1] and counts[0][0] == 12 * PER_FILTER
+
+
+class TestRoom:
+    """Of a layer on a CPU, the fixed weights lie in memory that has room for the learned ones."""
+
+    def layer(self, **options) -> PartialConv2d:
+        return PartialConv2d(64, 64, 3, padding=1, **({"trainable": 0.1} | options))
+
+    def merged(self, conv: PartialConv2d) -> Tensor:
+        return ops.merge(
+            conv.weight_trainable, conv.weight_frozen, conv.filters.runs, 0, torch.float32, stage="forward"
+        )
+
+    @pytest.mark.parametrize("select", ["last", "first"])
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_the_whole_is_made_without_copying_what_is_fixed(self, select, layout):
+        conv = self.layer(select=select).to(memory_format=layout)
+        expected = conv.weight.detach()
+        with torch.no_grad():
+            whole = self.merged(conv)
+            assert torch.equal(whole, expected) and whole.is_contiguous(memory_format=layout)
+            assert whole.untyped_storage().data_ptr() == conv.weight_frozen.untyped_storage().data_ptr()
+            conv.weight_trainable.mul_(2)
+            conv.weight_frozen.add_(1)
+            again = self.merged(conv)
+            assert again.data_ptr() == whole.data_ptr() and torch.equal(again, conv.weight)
+
+    def test_it_follows_what_becomes_of_the_parameter(self):
+        conv, x = self.layer(), torch.randn(1, 64, 4, 4)
+        for change in (
+            lambda c: c,
+            copy.deepcopy,
+            lambda c: c.set_trainable_(20),
+            lambda c: c.set_trainable_([1, 5]),
+            lambda c: c.set_trainable_(6),
+            lambda c: c.double().float(),
+            lambda c: (c.load_state_dict({k: v + 1 for k, v in c.state_dict().items()}), c)[1],
+            lambda c: (c.load_state_dict({k: v + 1 for k, v in c.state_dict().items()}, assign=True), c)[1],
+            lambda c: pickle.loads(pickle.dumps(c)),
+            lambda c: c.share_memory(),
+        ):
+            conv = change(conv)
+            assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
+
+    def test_memory_of_the_caller_stays_as_it_is(self):
+        base = torch.randn(64, 64, 3, 3)
+        before, learned = base.clone(), torch.randn(6, 64, 3, 3)
+        with torch.no_grad():
+            for fixed in (base[:58], nn.Parameter(base[:58], requires_grad=False)):
+                ops.make_room(fixed, 58, 6)
+                ops.merge(learned, fixed, (58, 64), 0, torch.float32, stage="forward")
+        assert torch.equal(base, before)
+
+    def test_a_forward_between_forward_and_backward_is_harmless(self):
+        conv, x = self.layer(), torch.randn(1, 64, 4, 4, requires_grad=True)
+        first, second = conv(x), conv(2 * x)
+        conv.eval()(x.detach())
+        (grad,) = torch.autograd.grad((first + second).sum(), x)
+        (expected,) = torch.autograd.grad(F.conv2d(3 * x, conv.weight.detach(), padding=1).sum(), x)
+        torch.testing.assert_close(grad, expected)

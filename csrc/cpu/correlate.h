@@ -16,6 +16,8 @@ constexpr int TILE = 2 * LANES;
 // A block has rows of up to this many outputs, and as many of them as the first level cache has room for.
 constexpr int BLOCK_COLUMNS = 32;
 constexpr int BLOCK_BYTES = 24 * 1024;
+// Pixels of the input are asked for so many pixels before they are read.
+constexpr int AHEAD = 16;
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -72,6 +74,7 @@ void pack_row(const Problem& p, const Item& item, const Block& b, const float* r
   const int count = after - before;
   if (channel == 1 && item.channels == TILE) {
     for (int i = 0; i < count; ++i, from += step, to += TILE) {
+      __builtin_prefetch(from + AHEAD * step);
       reinterpret_cast<Vector*>(to)[0] = reinterpret_cast<const Vector*>(from)[0];
       *reinterpret_cast<Vector*>(to + LANES) = *reinterpret_cast<const Vector*>(from + LANES);
     }

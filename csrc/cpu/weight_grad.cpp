@@ -73,11 +73,12 @@ void weight_grad(const Code& code, const Problem& p, const float* input, const f
   const int64_t sums = int64_t(p.taps()) * p.learned * code.tile, scratch = code.scratch_floats(p);
   const Floats partial = allocate(tiles * splits * sums), scratches = allocate(threads * scratch);
   run(threads, tiles * splits, [&](int64_t i, int thread) {
-    const int64_t tile = i / splits, split = i % splits;
+    // Tiles of the same images follow each other: neighbouring channels share what the caches fetch.
+    const int64_t tile = i % tiles, split = i / tiles;
     const int first = int(p.batch * split / splits), end = int(p.batch * (split + 1) / splits);
     const int channel = int(tile * code.tile);
     const Item item = {first, end - first, channel, std::min(code.tile, p.channels - channel)};
-    float* to = partial.get() + i * sums;
+    float* to = partial.get() + (tile * splits + split) * sums;
     std::fill_n(to, sums, 0.0f);
     code.correlate(p, item, input, gradient.get(), scratches.get() + thread * scratch, to);
   });
