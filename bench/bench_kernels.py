@@ -29,7 +29,7 @@ from torch import Tensor
 from bench.competitors import OURS
 from bench.group import COMPILED_SLICE, GATHERED, PLAIN_GRADIENTS, WHOLE, Group
 from bench.growing import GrowingResults
-from bench.layers import CPU_LAYERS, GPU_LAYERS, Layer
+from bench.layers import CPU_LAYERS, GPU_LAYERS, Layer, tolerance
 from bench.rates import rates
 from bench.results import ResultsError
 from rwn_ext import ops, planner
@@ -211,15 +211,14 @@ class WrongResultError(AssertionError):
 
 
 def check(name: str, case: Case, actual: Tensor, expected: Tensor) -> None:
-    """Relative error within two roundings to the number format, and those of a running float32 sum."""
+    """That the relative error is within the tolerance."""
     actual = actual[-case.learned :].double()
     length = case.layer.n * case.output_size**2
     rounding = 2.0**-10 if case.numbers == "tf32" else torch.finfo(case.dtype).eps
-    tolerance = 2 * rounding + torch.finfo(torch.float32).eps * length**0.5
-    error = ((actual - expected).norm() / expected.norm()).item()
+    error, allowed = ((actual - expected).norm() / expected.norm()).item(), tolerance(rounding, length)
     # Not "greater": NaN is wrong too.
-    if not error <= tolerance:
-        raise WrongResultError(f"{name} is off by {error:.3g}, more than {tolerance:.3g}")
+    if not error <= allowed:
+        raise WrongResultError(f"{name} is off by {error:.3g}, more than {allowed:.3g}")
 
 
 class Measured(NamedTuple):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class Layer(NamedTuple):
     """Batch, input channels, image size, filters, filter size, stride."""
@@ -38,3 +40,8 @@ CPU_LAYERS = {
     "stem 7x7 s2": Layer(4, 3, 112, 64, 7, 2),
     "densenet-121 b3 1x1": Layer(8, 768, 14, 128, 1),
 }
+
+
+def tolerance(rounding: float, summands: int) -> float:
+    """The relative error we allow: two roundings to the number format, and those of a running float32 sum."""
+    return 2 * rounding + torch.finfo(torch.float32).eps * summands**0.5

@@ -60,7 +60,7 @@ def merge(
         return plain(learned, fixed, runs, axis, dtype)
     if _watched():
         return torch.ops.rwn_ext.merge(learned, fixed, runs, axis, dtype, stage)
-    if learned.dtype == fixed.dtype == dtype and axis == 0 and len(runs) == 2 and fixed.is_cpu:
+    if fixed.numel() >= _ROOM_NUMEL and learned.dtype == fixed.dtype == dtype and axis == 0 and len(runs) == 2:
         whole = _merged_in_room(learned, fixed, runs[0])
         if whole is not None:
             return whole
@@ -272,18 +272,18 @@ def _merge(
 # Of a fixed Parameter, the whole tensor in whose memory it lies.
 _ROOMS = WeakIdKeyDictionary()
 # Below this size, copying all of it takes no longer than looking.
-_ROOM_BYTES = 1 << 16
+_ROOM_NUMEL = 1 << 14
 
 
 def make_room(fixed: Tensor, start: int, count: int) -> None:
     """Moves a Parameter of fixed filters to memory with room for the whole, of which they are the first or last.
 
-    `merge` then copies only the `count` learned filters, from filter `start` on: copying what is fixed twice a step would
-    be felt. Nothing happens to a Parameter that is small, shared between processes, or not on a CPU.
+    `merge` then copies only the `count` learned filters, from filter `start` on: copying what is fixed twice a
+    step would be felt. Nothing happens to a Parameter that is small, shared between processes, or not on a CPU.
     """
     _ROOMS.pop(fixed, None)
     if (
-        type(fixed) is not nn.Parameter or not fixed.is_cpu or fixed.nbytes < _ROOM_BYTES
+        type(fixed) is not nn.Parameter or not fixed.is_cpu or fixed.numel() < _ROOM_NUMEL
         or start not in (0, fixed.size(0)) or fixed.is_shared() or fixed.is_inference()
     ):  # fmt: skip
         return
