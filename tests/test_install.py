@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROBE = (
-    "import rwn_ext, rwn_ext.kernels.tiles, rwn_ext.paper.networks\n"
+    "import shutil, rwn_ext, rwn_ext.kernels.tiles, rwn_ext.paper.networks\n"
+    "assert (rwn_ext.cpu.native is not None) == any(map(shutil.which, ('c++', 'g++', 'clang++')))\n"
     "from rwn_ext.paper import marks, presets\n"
     "assert presets.preset('bn') and marks.mark({'net': 'wrn-28-10'}, 200)\n"
     "print(rwn_ext.__file__)"
@@ -82,10 +83,12 @@ def built(clone: Path, **environment: str | None) -> subprocess.CompletedProcess
 
 def test_without_a_toolkit_the_package_is_plain_python_and_says_so_in_a_line(tmp_path):
     clone = cloned(tmp_path / "clone")
-    done = built(clone, CUDA_HOME=None, PATH=f"{tmp_path}")
+    done = built(clone, CUDA_HOME=None, CXX=None, PATH=f"{tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert len(re.findall("built without CUDA kernels", done.stderr)) == 1
-    assert list(clone.glob("build/lib*/rwn_ext/ops.py")) and not list(clone.glob("build/**/_cuda*"))
+    for kernels in ("CUDA kernels", "the CPU kernel"):
+        assert len(re.findall(f"built without {kernels}", done.stderr)) == 1
+    assert list(clone.glob("build/lib*/rwn_ext/ops.py"))
+    assert not [path for name in ("_cuda", "_cpu") for path in clone.glob(f"build/**/{name}*")]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
