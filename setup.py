@@ -87,6 +87,11 @@ def cuda_settings():
 
 
 class BuildKernels(build_ext):
+    def initialize_options(self):
+        super().initialize_options()
+        # Both modules at once: while one is configured, the other keeps the cores busy.
+        self.parallel = True
+
     def build_extension(self, extension):
         import pybind11
 
