@@ -64,6 +64,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.works_with("a budget of bytes, within which the measured training step stays")
 @pytest.mark.parametrize("more", [0, 60_000, 150_000], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_stays_within_the_budget_as_measured(options: dict, more: int):

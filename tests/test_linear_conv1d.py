@@ -432,6 +432,9 @@ def train(model: nn.Module, steps: int = 3) -> nn.Module:
     return model
 
 
+@pytest.mark.works_with(
+    "linear layers and 1-d convolutions, with the same state dicts, switching and compact checkpoints"
+)
 class TestConvert:
     def test_linear_layers_are_taken_when_asked_for(self):
         model = convert(Mixed(), 0.5)
