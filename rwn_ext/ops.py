@@ -289,8 +289,9 @@ def make_room(fixed: Tensor, start: int, count: int) -> None:
         return
     with torch.inference_mode(False), torch.no_grad():
         whole = torch.empty(
-            (fixed.size(0) + count, *fixed.shape[1:]), dtype=fixed.dtype, memory_format=memory_format(fixed)
-        )
+            (fixed.size(0) + count, *fixed.shape[1:]), dtype=fixed.dtype, device=fixed.device,
+            memory_format=memory_format(fixed),
+        )  # fmt: skip
         place = whole.narrow(0, 0 if start else count, fixed.size(0))
         if place.stride() == fixed.stride():
             fixed.data = place.copy_(fixed)

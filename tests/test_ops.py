@@ -332,6 +332,12 @@ class TestRoom:
             conv = change(conv)
             assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
 
+    def test_another_default_device_does_not_matter(self):
+        conv = self.layer()
+        with torch.device("meta"):
+            ops.make_room(conv.weight_frozen, 58, 6)
+        assert conv.weight_frozen.device.type == "cpu"
+
     def test_memory_of_the_caller_stays_as_it_is(self):
         base = torch.randn(64, 64, 3, 3)
         before, learned = base.clone(), torch.randn(6, 64, 3, 3)
