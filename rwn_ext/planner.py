@@ -295,11 +295,11 @@ def _triton_obstacle(p: Problem) -> str | None:
     return None
 
 
-# The CPU's limits were measured (bench/bench_layers.py; float32). The compiled kernel wins wherever it can be used and has
-# more than one tap: it computes channels 16 or 32 at a time, and of fewer than these too many of its sums are of nothing.
-# Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN computes filters in blocks of a vector
-# register, so a block saved is a gain and less is none; and a few million multiply-adds take less time than a call of the
-# library, of which "full" needs one less.
+# The CPU's limits were measured (bench/bench_layers.py; float32). The compiled kernel wins wherever it can be used
+# and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than these too many of its sums are
+# of nothing. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN computes filters in
+# blocks of a vector register, so a block saved is a gain and less is none; and a few million multiply-adds take less
+# time than a call of the library, of which "full" needs one less.
 CPU_DIRECT_CHANNELS = 8
 # Unfolded columns: while they are no more than this many for each input channel, the copy costs less than it spares.
 CPU_UNFOLD_COLUMNS_PER_CHANNEL = 2
