@@ -91,14 +91,14 @@ class BuildKernels(build_ext):
         super().initialize_options()
         # Both modules at once: while one is configured, the other keeps the cores busy.
         self.parallel = True
+        # Set here, before there are threads: a change while another one starts a process would break that start.
+        os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0))))
 
     def build_extension(self, extension):
         import pybind11
 
         source, settings_of = KERNELS[extension.name]
         settings, compiler = settings_of()
-        if "CMAKE_BUILD_PARALLEL_LEVEL" not in os.environ:
-            os.environ["CMAKE_BUILD_PARALLEL_LEVEL"] = str(len(os.sched_getaffinity(0)))
         # One folder for each Python and compiler: CMake cannot change its compiler.
         module, key = extension.name.rpartition(".")[2], hashlib.sha256(str(compiler).encode()).hexdigest()[:8]
         folder = ROOT / "build" / f"csrc{module}-{sys.implementation.cache_tag}-{key}"
