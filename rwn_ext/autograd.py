@@ -60,12 +60,9 @@ class PartialConv2dFunction(torch.autograd.Function):
         bias_frozen: Tensor | None,
         layer: Layer,
     ) -> Tensor:
-        needs_input, _, needs_weight, *_ = ctx.needs_input_grad
         weights = (weight_trainable, weight_frozen, weight_frozen_inputs)
-        kept = (input if seen is None else seen) if needs_weight else None
-        ctx.save_for_backward(*(weights if needs_input else (None, None, None)), kept)
+        _keep(ctx, input, seen, weights)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
-        ctx.weight_dtype = None if weight_trainable is None else weight_trainable.dtype
         return convolve(input, weights, (bias_trainable, bias_frozen), layer)
 
     @staticmethod
@@ -99,11 +96,9 @@ class PartialLinearFunction(torch.autograd.Function):
         bias_frozen: Tensor | None,
         layer: LinearLayer,
     ) -> Tensor:
-        needs_input, _, needs_weight, *_ = ctx.needs_input_grad
         weights = (weight_trainable, weight_frozen, weight_frozen_inputs)
-        kept = (input if seen is None else seen) if needs_weight else None
-        ctx.save_for_backward(*(weights if needs_input else (None, None, None)), kept)
-        ctx.layer, ctx.weight_dtype = layer, None if weight_trainable is None else weight_trainable.dtype
+        _keep(ctx, input, seen, weights)
+        ctx.layer = layer
         weight = merged_weight(weights, layer, input.dtype, "forward")
         return F.linear(input, weight, merged_bias(bias_trainable, bias_frozen, layer, input.dtype, "forward"))
 
@@ -126,6 +121,14 @@ class PartialLinearFunction(torch.autograd.Function):
 def _matrix(tensor: Tensor) -> Tensor:
     """(..., C) -> (M, C)."""
     return tensor.reshape(-1, tensor.size(-1))
+
+
+def _keep(ctx: Any, input: Tensor, seen: Tensor | None, weights: Sequence[Tensor | None]) -> None:
+    """Saves for backward what the gradients that are asked for need."""
+    needs_input, _, needs_weight, *_ = ctx.needs_input_grad
+    kept = (input if seen is None else seen) if needs_weight else None
+    ctx.save_for_backward(*(weights if needs_input else (None, None, None)), kept)
+    ctx.weight_dtype = None if weights[0] is None else weights[0].dtype
 
 
 def convolve(input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer) -> Tensor:

@@ -221,8 +221,8 @@ class _Accountant(fx.Interpreter):
         self.minimum: dict[str, int] = {}
         self.predicted: dict[str, int] = {}
         self._label = ""
-        self._expected = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         self._counted = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self._expected = set(self._counted)
         self._alive: list[Any] = []
         self._pieces: set[int] = set()
 
