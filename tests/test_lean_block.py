@@ -172,6 +172,27 @@ def test_second_derivatives_that_would_be_wrong_are_refused():
         torch.autograd.grad(output, convs[0].weight_trainable, torch.randn_like(output), create_graph=True)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.LeakyReLU(0.1)], ids=str)
+@pytest.mark.parametrize("convs", ["part", "no-conv"])
+def test_an_input_that_may_be_overwritten_is_unless_it_is_kept(activation: nn.Module, convs: str):
+    convs, results = CONVS[convs](), []
+    for overwrites in (True, False):
+        x = torch.linspace(-1, 1, 2 * C * 5 * 4).view(2, C, 5, 4).requires_grad_()
+        doubled = x + x
+        outputs = block([doubled], None, activation, None, convs, give_y=True, overwrites=overwrites)
+        if not convs:
+            outputs[-1].add_(1)  # an output like any other, no view
+        torch.manual_seed(0)
+        torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+        results.append([*outputs, x.grad, *(p.grad for conv in convs for p in conv.parameters() if p.requires_grad)])
+        taken = outputs[-1].data_ptr() == doubled.data_ptr()
+        assert taken == (overwrites and not isinstance(activation, nn.SiLU))
+        convs = copy.deepcopy(convs)
+        for conv in convs:
+            conv.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_a_retained_graph_gives_the_same_again():
     x = torch.randn(2, C, 6, 5, requires_grad=True)
     outputs = block([x], nn.BatchNorm2d(C), nn.ReLU(), nn.Dropout(0.3), CONVS["two"]())
@@ -410,6 +431,17 @@ def test_pools_have_the_bits_of_torch_s(window, stride, padding, dilation, ceil_
             output.backward(cotangent)
         assert torch.equal(*outputs) and torch.equal(xs[0].grad, xs[1].grad)
         assert xs[0].grad.stride() == xs[1].grad.stride()
+
+
+def test_pools_of_wide_images_have_the_bits_of_torch_s():
+    """A byte does not hold how far apart in the plane two rows of a window lie."""
+    x = torch.randint(-3, 4, (1, 2, 9, 301)).float()
+    xs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [pool(x, 3, 2, 1, 2) for pool, x in zip((pooling.max_pool2d, F.max_pool2d), xs, strict=True)]
+    cotangent = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(cotangent)
+    assert torch.equal(*outputs) and torch.equal(xs[0].grad, xs[1].grad)
 
 
 def test_pools_keep_one_byte_or_nothing():

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rwn_ext
 from rwn_ext.lean import explain
+from rwn_ext.memory import measure_cpu
 from rwn_ext.paper.networks import build
 from rwn_ext.report import saved_for_backward
 
@@ -149,6 +150,58 @@ def test_what_was_fused_and_what_was_not_and_why():
     told = explain(build("wrn-10-1", 10, 0.1, lean=True))
     assert told["block2.0.conv1"] == told["block2.0.shortcut"] == told["block2.0.bn1"]
     assert told["block2.0.bn1"].startswith("in the block block2.0.bn1")
+
+
+class Overwriting(nn.Module):
+    """What is written in place is seen by all who read it, under any name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.norm2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        y = name = self.norm(x)
+        y += x
+        z = self.norm2(self.conv2(name))
+        z += name
+        return F.relu(z, inplace=True) + z, F.relu(name + z)
+
+
+@pytest.mark.parametrize("norm", ["train", "frozen"])
+def test_sums_in_place_stay_in_place(norm: str):
+    base, results = Overwriting(), []
+    for lean in (False, True):
+        model = rwn_ext.convert(copy.deepcopy(base), 0.5, lean=lean, norm=norm)
+        x = torch.linspace(-1, 1, 2 * 3 * 8 * 7).view(2, 3, 8, 7).requires_grad_()
+        outputs = model(x)
+        torch.manual_seed(0)
+        torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+        results.append([*outputs, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert explain(model)["norm"] == "its output is overwritten, and read"
+
+
+def test_residual_sums_take_no_memory_of_their_own():
+    """In place as they are written, and the activation after them in their memory: as few live at once as in plain nn."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.relu = nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            y = self.norm(x)
+            y += x
+            return self.relu(y)
+
+    peaks = []
+    for lean in (False, True):
+        model = rwn_ext.convert(nn.Sequential(nn.Conv2d(3, 8, 1), Residual()), 0, lean=lean)
+        x = torch.randn(4, 3, 64, 64, requires_grad=True)
+        peaks.append(measure_cpu(lambda mark, model=model, x=x: (model(x), mark())[0])[1])
+    assert peaks[1] <= peaks[0] + 1000
 
 
 class Branching(nn.Module):

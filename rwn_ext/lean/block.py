@@ -24,6 +24,7 @@ def block(
     slope: float | None = None,
     give_y: bool = False,
     y_is_kept: bool = False,
+    overwrites: bool = False,
     sharers: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Norm - activation - dropout - convolutions that keep less for backward, with the same bits as::
@@ -43,13 +44,14 @@ def block(
     Args:
         activation: a module, or relu, relu6, leaky_relu (with its `slope`), silu, hardswish.
         y_is_kept: y is kept for backward by somebody else, so that keeping it costs nothing.
+        overwrites: nobody else reads the one piece, so that y may take its memory.
         sharers: for each piece, how many blocks read it (default: this one alone); decides what costs less.
     """
     modules = [m for m in (norm, activation, dropout, *convolutions) if isinstance(m, nn.Module)]
     function = activations.activation_of(activation, slope)
     lean = None
     if function is not None and not any(map(has_hooks, modules)) and _is_plain_image_batch(pieces):
-        lean = _lean_call(pieces, norm, function, dropout, convolutions, give_y, y_is_kept, sharers)
+        lean = _lean_call(pieces, norm, function, dropout, convolutions, give_y, y_is_kept, overwrites, sharers)
     if lean is None:
         act = activation if isinstance(activation, nn.Module) or function is None else function.forward
         return _plain(pieces, norm, act, dropout, convolutions, give_y)
@@ -69,7 +71,8 @@ def _plain(
 
 def _lean_call(
     pieces: Sequence[Tensor], norm: nn.Module | None, activation: Activation, dropout: nn.Module | None,
-    convolutions: Sequence[nn.Module], give_y: bool, y_is_kept: bool, sharers: Sequence[int] | None,
+    convolutions: Sequence[nn.Module], give_y: bool, y_is_kept: bool, overwrites: bool,
+    sharers: Sequence[int] | None,
 ) -> tuple[Block | Tensor | None, ...] | None:  # fmt: skip
     """The arguments of the autograd Function; None if this call is not for it."""
     first, channels = pieces[0], tuple(piece.size(1) for piece in pieces)
@@ -86,7 +89,7 @@ def _lean_call(
     dtype = calls[0][0].dtype if calls else first.dtype
     constants = Block(
         normalisation, activation, rate, tuple(conv for conv, _ in calls), dtype, channels,
-        tuple(sharers or [1] * len(pieces)), give_y, y_is_kept,
+        tuple(sharers or [1] * len(pieces)), give_y, y_is_kept, overwrites,
     )  # fmt: skip
     return constants, *pieces, *parameters, *(part for _, parts in calls for part in parts)
 

@@ -39,6 +39,8 @@ class Block(NamedTuple):
     """y is an output too, after those of the convolutions."""
     y_is_kept: bool
     """Somebody else keeps y for backward, so that it costs nothing here."""
+    overwrites: bool
+    """Nobody else reads the piece, so that y may take its memory unless it is kept."""
 
     def split(self, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], list[Sequence[Any]]]:
         """The pieces; the norm's gamma, beta, running mean and variance; the parts of each convolution."""
@@ -80,7 +82,12 @@ class BlockFunction(torch.autograd.Function):
         pieces, parameters, convs = block.split(tensors)
         needs = Needs.of(block, ctx.needs_input_grad[1:])
         normed, state = block.norm.forward(_joined(pieces), parameters, again=False)
-        y = block.activation.forward(normed, inplace=normed is not pieces[0])
+        from_input = keeps_input(block, needs, pieces, normed)
+        own = normed is not pieces[0]
+        if block.overwrites and not own and not from_input:
+            # Not the piece itself, which is an input: what autograd knows of that one does not hold for y.
+            normed, own = normed.detach(), True
+        y = block.activation.forward(normed, inplace=own)
         dropped = None
         if block.dropout:
             y, dropped = drop(y, block.dropout)
@@ -88,7 +95,7 @@ class BlockFunction(torch.autograd.Function):
 
         ctx.set_materialize_grads(False)
         ctx.block, ctx.needs, ctx.y_size, ctx.y_dtype = block, needs, y.shape, y.dtype
-        kept = _kept(block, needs, tensors, state, y, dropped)
+        kept = _kept(block, needs, tensors, state, y, dropped, from_input)
         ctx.constants = {name: value for name, value in kept.items() if not torch.is_tensor(value)}
         ctx.names = [name for name in kept if name not in ctx.constants]
         ctx.save_for_backward(*(kept[name] for name in ctx.names))
@@ -141,15 +148,15 @@ def _keeps_mask(block: Block, needs: Needs, y: Tensor) -> bool:
 
 
 def _kept(
-    block: Block, needs: Needs, tensors: Sequence[Any], state: Sequence[Any], y: Tensor, dropped: Tensor | None
-) -> dict[Any, Any]:
+    block: Block, needs: Needs, tensors: Sequence[Any], state: Sequence[Any], y: Tensor, dropped: Tensor | None,
+    from_input: bool,
+) -> dict[Any, Any]:  # fmt: skip
     """By name, what backward needs."""
     pieces, parameters, convs = block.split(tensors)
     seen = _seen(block, needs)
     kept: dict[Any, Any] = {}
     if not (seen or needs.below):
         return kept
-    from_input = keeps_input(block, needs, pieces, y)
     if from_input:
         kept |= {("piece", i): piece for i, piece in enumerate(pieces)}
     if block.y_is_kept and not (from_input and (block.dropout or block.activation.reads_input)):
@@ -228,9 +235,16 @@ def _conv_gradients(
             if needs.below:
                 assert grad is not None
                 grad = grad.to(y_dtype)
-                grad_y = grad if grad_y is None else grad_y + grad
+                grad_y = grad if grad_y is None else _sum(grad_y, grad)
         conv_grads = [weight, None, None, bias, None, *conv_grads]
     return grad_y, conv_grads
+
+
+def _sum(grad: Tensor, own: Tensor) -> Tensor:
+    """`grad + own`, in the memory of `own` if nobody can see the difference."""
+    if torch.is_grad_enabled() or own.stride() != grad.stride():
+        return grad + own
+    return own.add_(grad)
 
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:

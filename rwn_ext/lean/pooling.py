@@ -56,14 +56,14 @@ class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, geometry: tuple[Pair, Pair, Pair, Pair, bool]) -> Tensor:
         output, places = aten.max_pool2d_with_indices(x, *geometry)
-        ctx.save_for_backward(_to_window(places, x.size(3), geometry))
+        ctx.save_for_backward(_to_window(places, geometry, x.size(3)))
         ctx.like, ctx.geometry = (x.shape, memory_format(x)), geometry
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (in_window,) = ctx.saved_tensors
-        places = _to_plane(in_window, ctx.like[0][3], ctx.geometry)
+        places = _to_plane(in_window, ctx.geometry, ctx.like[0][3])
         return _input_gradient(aten.max_pool2d_with_indices_backward, grad, ctx.like, *ctx.geometry, places), None
 
 
@@ -88,25 +88,44 @@ def _input_gradient(
     return backward.grad_input(grad, out, *arguments, grad_input=out)
 
 
-def _to_window(places: Tensor, width: int, geometry: tuple[Pair, Pair, Pair, Pair, bool]) -> Tensor:
+def _to_window(places: Tensor, geometry: tuple[Pair, Pair, Pair, Pair, bool], width: int) -> Tensor:
     """Places in the (H, W) plane of the input to places in each output's window, of one byte."""
     (_, columns), *_, (dilation_h, dilation_w), _ = geometry
-    top, left = _corners(places, geometry)
+    if _fits(geometry, width):
+        return places.sub(_corners(places, geometry, width)).byte()
+    top, left = _top_left(places, geometry)
     row = places.div(width, rounding_mode="floor").sub_(top).div_(dilation_h, rounding_mode="floor")
     return row.mul_(columns).add_(places.remainder(width).sub_(left).div_(dilation_w, rounding_mode="floor")).byte()
 
 
-def _to_plane(in_window: Tensor, width: int, geometry: tuple[Pair, Pair, Pair, Pair, bool]) -> Tensor:
+def _to_plane(in_window: Tensor, geometry: tuple[Pair, Pair, Pair, Pair, bool], width: int) -> Tensor:
     """The way back."""
     (_, columns), *_, (dilation_h, dilation_w), _ = geometry
-    top, left = _corners(in_window, geometry)
+    if _fits(geometry, width):
+        return in_window.long().add_(_corners(in_window, geometry, width))
+    top, left = _top_left(in_window, geometry)
     in_window = in_window.long()
     row = in_window.div(columns, rounding_mode="floor").mul_(dilation_h).add_(top)
     return row.mul_(width).add_(in_window.remainder(columns).mul_(dilation_w).add_(left))
 
 
-def _corners(pooled: Tensor, geometry: tuple[Pair, Pair, Pair, Pair, bool]) -> tuple[Tensor, Tensor]:
-    """Row and column at which the window of each output begins, negative in the padding."""
+def _fits(geometry: tuple[Pair, Pair, Pair, Pair, bool], width: int) -> bool:
+    """Whether a byte holds the distance in the plane from a window's corner to any of its places.
+
+    Then that is its place in the window, without a division.
+    """
+    (rows, columns), *_, (dilation_h, dilation_w), _ = geometry
+    return (rows - 1) * dilation_h * width + (columns - 1) * dilation_w < 256
+
+
+def _corners(pooled: Tensor, geometry: tuple[Pair, Pair, Pair, Pair, bool], width: int) -> Tensor:
+    """The place in the plane at which the window of each output begins: before or beside it, in the padding."""
+    top, left = _top_left(pooled, geometry)
+    return top * width + left  # (P, Q)
+
+
+def _top_left(pooled: Tensor, geometry: tuple[Pair, Pair, Pair, Pair, bool]) -> tuple[Tensor, Tensor]:
+    """Row (P, 1) and column (Q) at which the window of each output begins, negative in the padding."""
     _, stride, padding, *_ = geometry
     top = torch.arange(pooled.size(2), device=pooled.device) * stride[0] - padding[0]
     left = torch.arange(pooled.size(3), device=pooled.device) * stride[1] - padding[1]

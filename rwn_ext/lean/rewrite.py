@@ -36,6 +36,8 @@ _POOLS = {
     torch.max_pool2d: pooling.max_pool2d,
     F.avg_pool2d: pooling.avg_pool2d,
 }
+# What they return is new, or their first argument; and they do not keep it.
+_SUMS, _SUMS_IN_PLACE = (operator.add, torch.add, "add"), (operator.iadd, "add_")
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _NO_KEEPERS = {
     operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_",
@@ -221,6 +223,8 @@ class _Rewriting:
         source = head.args[0]
         if unit.norm is None and self._activation(head)["inplace"] and (len(source.users) > 1 or _is_view(source)):
             return "it overwrites what others read"
+        if len(unit.tail.users) > 1 and any(self._overwrites(n) and n.args[0] is unit.tail for n in unit.tail.users):
+            return "its output is overwritten, and read"
         if unit.convs or (unit.norm is not None and (activation is not None or not self._is(head, nn.GroupNorm))):
             return None
         if activation is None or (unit.dropout is None and self._activation(activation)["reads_input"]):
@@ -248,6 +252,8 @@ class _Rewriting:
                 options["give_y"] = True
                 if any(self._may_keep(node) for node in unit.others):
                     options["y_is_kept"] = True
+            if self._may_overwrite(unit):
+                options["overwrites"] = True
             if any(count > 1 for count in sharers):
                 options["sharers"] = tuple(sharers)
             outputs = self.graph.call_function(block, (tuple(pieces),), options)
@@ -265,6 +271,21 @@ class _Rewriting:
         for node in (unit.dropout, unit.activation, unit.norm):
             if node is not None:
                 self.graph.erase_node(node)
+
+    def _may_overwrite(self, unit: _Unit) -> bool:
+        """Whether the unit's output may take the memory of its input, a sum: as it did, or because nobody can tell."""
+        source = unit.head.args[0]
+        if unit.norm is not None or len(source.users) > 1 or source.kwargs.get("out") is not None:
+            return False
+        return source.target in _SUMS or (source.target in _SUMS_IN_PLACE and self._overwrites(unit.head))
+
+    def _overwrites(self, node: fx.Node) -> bool:
+        """Whether this node writes into its first argument."""
+        activation = self._activation(node)
+        if activation:
+            return activation["inplace"]
+        in_place = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
+        return in_place or node.target in _SUMS_IN_PLACE
 
     def _pieces(self, unit: _Unit) -> list[fx.Node]:
         """What the unit's input is concatenated of, unless the whole is kept for somebody else anyway."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import linecache
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,16 @@ class _Tracer(fx.Tracer):
         # what these compute are torch's, too.
         torchs_own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
         return isinstance(m, PartialLayer) or torchs_own or has_hooks(m)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class _Proxy(fx.Proxy):
+    """Takes `+=` for what it is: fx's own makes a new tensor of it."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
 @contextmanager
