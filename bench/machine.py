@@ -15,9 +15,15 @@ COMMIT_FACTS = ("id", "time", "dirty")
 
 def described(found: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
     """A results file's "machine_info", of what pytest-benchmark has found."""
+    return {
+        **versions(found, device), "dtype": str(dtype).removeprefix("torch."), "rates": asdict(rates(device, dtype)),
+    }  # fmt: skip
+
+
+def versions(found: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Of it, what numbers depend on that are not times."""
     name = torch.cuda.get_device_name() if device == "cuda" else found["cpu"].get("brand_raw", "unknown CPU")
     return {
         **{key: found[key] for key in ("machine", "system", "python_version")},
         "device": name, "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."), "rates": asdict(rates(device, dtype)),
     }  # fmt: skip

@@ -1,7 +1,8 @@
 """What lean models keep for backward, of plain nn, at the sizes we hold ourselves to: `python -m bench.memory [CASE]`.
 
 Each contender runs in a process of its own, which is measured twice: by what the operating system gave it (resident
-memory, large blocks returned as soon as they are free) and by the allocator's record. Nothing is timed here.
+memory, large blocks returned as soon as they are free) and by the allocator's record. Nothing is timed here, so the
+machine need not be quiet. `--out FOLDER` writes memory.json there, the source of the README's table.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
+from pytest_benchmark.utils import get_commit_info
 from torch import Tensor, nn
 
 import rwn_ext
+from bench.machine import COMMIT_FACTS, versions
+from bench.results import read
 from rwn_ext.memory import measure_cpu
 from rwn_ext.paper.networks import build
 from tests.architectures import MobileNetV2, resnet50, resnet101
@@ -27,7 +33,7 @@ from tests.architectures import MobileNetV2, resnet50, resnet101
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch and the share of plain nn's bytes that we want."""
+    """A model, a batch and the share of plain nn's bytes that we want, or that `source` published of another way."""
 
     make: Callable[[], nn.Module]
     size: tuple[int, ...]
@@ -35,11 +41,14 @@ class Case:
     options: dict
     metric: str = "kept"
     input_gradient: bool = False
+    source: str = ""
 
 
+MEMSAVE = "memsave_torch, arXiv 2404.12406, section 3"
 CIFAR, IMAGENET = (128, 3, 32, 32), (8, 3, 224, 224)
 NOTHING = {"trainable": 0, "norm": "frozen"}
 INPUTS = {"trainable": 1.0, "trainable_inputs": 0.125, "norm": "frozen"}
+FIRST_QUARTER = {"trainable": {"*": 0, "conv1": 1.0, "layer1.*": 1.0, "layer2.*": 1.0}}
 CASES = {
     "wrn-28-10 with dropout, p=.1, batch statistics, peak of a step": Case(
         lambda: build("wrn-28-10", 10), CIFAR, 0.52, {"trainable": 0.1}, "peak"
@@ -58,34 +67,66 @@ CASES = {
     "vgg19-bn, input gradient only": Case(lambda: build("vgg19-bn", 10), CIFAR, 0.06, NOTHING, input_gradient=True),
     "resnet-50, input gradient only": Case(resnet50, IMAGENET, 0.06, NOTHING, input_gradient=True),
     "resnet-50, input subset .125": Case(resnet50, IMAGENET, 0.16, INPUTS),
-    # memsave_torch's cases and its ratios, arXiv 2404.12406, section 3; its "input" differentiates by the input alone.
-    "memsave_torch's all learned, resnet-101": Case(resnet101, IMAGENET, 1.09, {"trainable": 1.0}),
-    "memsave_torch's input, resnet-101": Case(resnet101, IMAGENET, 0.67, {"trainable": 0}, input_gradient=True),
-    "memsave_torch's input, norms in evaluation mode, resnet-101": Case(
-        resnet101, IMAGENET, 0.18, NOTHING, input_gradient=True
-    ),
-    "memsave_torch's surgical (first quarter), resnet-101": Case(
-        resnet101, IMAGENET, 0.88, {"trainable": {"*": 0, "conv1": 1.0, "layer1.*": 1.0, "layer2.*": 1.0}}
-    ),
     "mobilenet-v2, input subset .125": Case(MobileNetV2, IMAGENET, 0.10, INPUTS),
+    # "Input" differentiates by the input alone.
+    "resnet-101, all": Case(resnet101, IMAGENET, 1.09, {"trainable": 1.0}, source=MEMSAVE),
+    "resnet-101, input": Case(resnet101, IMAGENET, 0.67, {"trainable": 0}, input_gradient=True, source=MEMSAVE),
+    "resnet-101, input, norms in evaluation mode": Case(
+        resnet101, IMAGENET, 0.18, NOTHING, input_gradient=True, source=MEMSAVE
+    ),
+    "resnet-101, surgical (first quarter)": Case(resnet101, IMAGENET, 0.88, FIRST_QUARTER, source=MEMSAVE),
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"part of a name; default all of: {'; '.join(CASES)}")
     parser.add_argument("--contender", choices=("plain", "lean"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write memory.json there, beside what it holds")
+    options = parser.parse_args(arguments)
     names = [name for name in CASES if not options.cases or any(part in name for part in options.cases)]
     if options.contender:
-        print(json.dumps(measured(CASES[names[0]], options.contender)))
+        print(json.dumps(measured(CASES[options.cases[0]], options.contender)))
         return
     print("| case | process | allocator | target |\n| --- | ---: | ---: | ---: |")
     for name in names:
-        plain, lean = (_in_own_process(name, contender) for contender in ("plain", "lean"))
-        metric, target = CASES[name].metric, CASES[name].target
-        ratios = [lean[way][metric] / plain[way][metric] for way in ("process", "allocator")]
-        print(f"| {name} | {ratios[0]:.3f} | {ratios[1]:.3f} | {target} |", flush=True)
+        found = row(name, *(_in_own_process(name, contender) for contender in ("plain", "lean")))
+        print(f"| {name} | {found['process']:.3f} | {found['allocator']:.3f} | {found['target']} |", flush=True)
+        if options.out:
+            add(found, options.out / "memory.json")
+
+
+def row(name: str, plain: dict[str, dict[str, int]], lean: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """A case as the results file says it: the two ratios, and the bytes by the allocator's record."""
+    case, metric = CASES[name], CASES[name].metric
+    ratios = {way: round(lean[way][metric] / plain[way][metric], 4) for way in ("process", "allocator")}
+    sizes = {f"{who} MB": round(found["allocator"][metric] / 1e6) for who, found in (("plain", plain), ("lean", lean))}
+    return {"case": name, "bytes": metric, **ratios, "target": case.target, "source": case.source, **sizes}
+
+
+def add(row: dict[str, Any], file: Path) -> None:
+    """Puts the row into the file, at once or not at all; others of the same machine and commit stay."""
+    found = get_commit_info()
+    content: dict[str, Any] = {
+        "machine_info": versions(pytest_benchmark_generate_machine_info(), "cpu"),
+        "commit_info": {key: found.get(key) for key in COMMIT_FACTS},
+        "text": TEXT,
+    }
+    earlier = read(file) if file.exists() else {}
+    rows: Iterable[dict[str, Any]] = earlier["cases"] if content.items() <= earlier.items() else ()
+    by_name = {old["case"]: old for old in rows} | {row["case"]: row}
+    content["cases"] = [by_name[name] for name in CASES if name in by_name]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, file)
+
+
+TEXT = (
+    "Bytes of one training step with `lean=True`, of those of the same network in plain nn that learns everything "
+    "(float32): live between forward and backward, or the peak with parameters and momentum. CIFAR networks: 128 "
+    "images of 32x32; the others: 8 of 224x224."
+)
 
 
 def measured(case: Case, contender: str) -> dict[str, dict[str, int]]:

@@ -82,11 +82,24 @@ def _steps(results: Results) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}"
 
 
+def _memory(results: Results) -> str:
+    """Our targets and what was reached; then each case that others have published."""
+    assert results.memory is not None
+    ours, theirs = ([row for row in results.memory["cases"] if bool(row["source"]) == other] for other in (False, True))
+    lines = [["bytes of plain nn's", "by the process", "by the allocator", "target"], ["---", *["---:"] * 3]]
+    lines += [[row["case"], f"{row['process']:.3f}", f"{row['allocator']:.3f}", f"{row['target']:.2f}"] for row in ours]
+    peers = [["the same, of", "published", "`lean=True`, by the process", "by the allocator"], ["---", *["---:"] * 3]]
+    peers += [[r["case"], f"{r['target']:.2f}", f"{r['process']:.3f}", f"{r['allocator']:.3f}"] for r in theirs]
+    sources = ", ".join(dict.fromkeys(row["source"] for row in theirs))
+    tables = ("\n".join(f"| {' | '.join(line)} |" for line in table) for table in (lines, peers))
+    return "\n\n".join([results.memory["text"], *tables, f"Published: {sources}."])
+
+
 def _cell(entry: Entry | None) -> str:
     return "" if entry is None else f"{entry.ratios[PLAIN].median:.2f}"
 
 
-BLOCKS: dict[str, Callable[[Results], str]] = {"demo": _demo, "steps": _steps}
+BLOCKS: dict[str, Callable[[Results], str]] = {"demo": _demo, "steps": _steps, "memory": _memory}
 
 if __name__ == "__main__":
     sys.exit(main())

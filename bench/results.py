@@ -47,6 +47,8 @@ class Results:
     commit: dict[str, Any]
     entries: tuple[Entry, ...]
     demo: dict[str, Any] | None
+    memory: dict[str, Any] | None
+    """What `python -m bench.memory` found."""
     fingerprint: str
     """Of the files' contents."""
 
@@ -60,7 +62,8 @@ def load(folder: Path) -> Results:
         raise ResultsError(
             f"{folder} is no folder; give one that `make bench` wrote, such as bench/results/cpu-2-cores"
         )
-    files = sorted(path for path in folder.glob("*.json") if path.name != "demo.json")
+    demo, memory = folder / "demo.json", folder / "memory.json"
+    files = sorted(path for path in folder.glob("*.json") if path not in (demo, memory))
     contents = [(path, content) for path in files if "benchmarks" in (content := read(path))]
     if not contents:
         raise ResultsError(f"{folder} holds no results (*.json of pytest-benchmark); `make bench` makes them")
@@ -68,11 +71,11 @@ def load(folder: Path) -> Results:
     if len(machines) > 1:
         raise ResultsError(f"the files of {folder} are of different machines or versions; measure them together")
     entries = [_entry(path, raw) for path, content in contents for raw in content["benchmarks"]]
-    demo = folder / "demo.json"
     sources = [*files, *([demo] if demo.exists() else [])]
     _, newest = max(contents, key=lambda pair: pair[1]["datetime"])
     return Results(
         folder, newest["machine_info"], newest["commit_info"], tuple(entries), read(demo) if demo.exists() else None,
+        read(memory) if memory.exists() else None,
         hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     )  # fmt: skip
 
