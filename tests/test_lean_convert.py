@@ -346,6 +346,48 @@ def _train_in_two(rank: int, file: str) -> None:
         model(torch.randn(2, 3, 16, 16)).square().mean().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    # Over several processes a SyncBatchNorm trains as torch's own, which needs GPUs; frozen it is part of a block.
+    with pytest.raises(ValueError, match="GPU"):
+        synchronised(True)(torch.randn(2, 3, 8, 8))
+    assert_synchronised_is_the_same("cpu", norm="frozen")
+    torch.distributed.destroy_process_group()
+
+
+def synchronised(lean: bool, **choice) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    return rwn_ext.convert(nn.SyncBatchNorm.convert_sync_batchnorm(net), 0.5, lean=lean, **choice)
+
+
+def assert_synchronised_is_the_same(device: str, fused: bool = True, **choice) -> None:
+    results = []
+    x = torch.randn(4, 3, 8, 8, device=device)
+    for lean in (False, True):
+        model, image = synchronised(lean, **choice).to(device), x.clone().requires_grad_()
+        assert isinstance(model[1], nn.SyncBatchNorm)
+        output = model(image)
+        assert ("BlockFunction" in type(output.grad_fn).__name__) == (lean and fused)
+        output.square().mean().backward()
+        results.append([image.grad, *(p.grad for p in model.parameters() if p.requires_grad), *model.buffers()])
+    for ours, torchs in zip(*results, strict=True):
+        assert torch.equal(ours, torchs) if device == "cpu" else torch.allclose(ours, torchs, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["train", "frozen"])
+def test_synchronised_norms_in_one_process_have_the_same_bits(norm: str):
+    assert_synchronised_is_the_same("cpu", norm=norm)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_synchronised_norms_of_two_processes(tmp_path):
+    torch.multiprocessing.spawn(_synchronised_in_two, (str(tmp_path / "rendezvous"),), nprocs=2)
+
+
+def _synchronised_in_two(rank: int, file: str) -> None:
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group("nccl", init_method=f"file://{file}", rank=rank, world_size=2)
+    assert_synchronised_is_the_same(f"cuda:{rank}", fused=False)
     torch.distributed.destroy_process_group()
 
 

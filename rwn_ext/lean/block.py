@@ -38,8 +38,8 @@ def block(
     that learned weights see, or the pieces if that is less.
 
     Modules: BatchNorm2d, SyncBatchNorm, GroupNorm; ReLU, ReLU6, LeakyReLU, SiLU, Hardswish; Dropout; PartialConv2d and
-    Conv2d with zero padding. Any other, one with hooks, an input that is not (N, C, H, W), and a call that is compiled
-    or needs no gradient take the plain way, which is the three lines above.
+    Conv2d with zero padding. Any other, one with hooks, a SyncBatchNorm that trains over several processes, an input
+    that is not (N, C, H, W), and a call that is compiled or needs no gradient take the plain way: the three lines above.
 
     Args:
         activation: a module, or relu, relu6, leaky_relu (with its `slope`), silu, hardswish.
