@@ -39,7 +39,7 @@ def block(
 
     Modules: BatchNorm2d, SyncBatchNorm, GroupNorm; ReLU, ReLU6, LeakyReLU, SiLU, Hardswish; Dropout; PartialConv2d and
     Conv2d with zero padding. Any other, one with hooks, a SyncBatchNorm that trains over several processes, an input
-    that is not (N, C, H, W), and a call that is compiled or needs no gradient take the plain way: the three lines above.
+    that is not (N, C, H, W), and a call that is compiled or needs no gradient go the plain way, the three lines above.
 
     Args:
         activation: a module, or relu, relu6, leaky_relu (with its `slope`), silu, hardswish.
