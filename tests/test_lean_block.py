@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from rwn_ext import PartialConv2d
 from rwn_ext.frozen_norm import freeze_norms
-from rwn_ext.lean import bits, block, pooling
+from rwn_ext.lean import bits, block, norms, pooling
 from rwn_ext.lean.function import BlockFunction
 
 C = 12
@@ -161,6 +162,25 @@ def test_second_derivatives(norm: str, activation: str, give_y: bool):
     learned = [convs[0].weight_trainable, *(norm.parameters() if norm is not None else [])]
     assert torch.autograd.gradcheck(call, (x, *learned))
     assert torch.autograd.gradgradcheck(call, (x, *learned))
+
+
+@pytest.mark.parametrize("by_scaling", [True, False])
+@given(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.sampled_from(list(LAYOUTS.values())))
+def test_a_batch_norm_made_again_has_the_same_bits(by_scaling: bool, shape: list[int], layout: torch.memory_format):
+    """From the statistics kept, as far as this build of torch allows it, and by the same call."""
+    shape[0] += 1
+    z, gamma, beta = torch.randn(shape).to(memory_format=layout), torch.randn(shape[1]), torch.randn(shape[1])
+    mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
+    norm = norms.BatchNorm(True, 0.1, 1e-5)
+    normed, state = norm.forward(z, (gamma, beta, mean, var))
+    before = mean.clone(), var.clone()
+    with torch.no_grad(), mock.patch.object(norms, "_adds_unrounded_products", lambda _: by_scaling and SCALES[layout]):
+        again = norm.again(z, (gamma, beta, mean, var), state)
+    assert torch.equal(again, normed) and again.stride() == normed.stride()
+    assert torch.equal(mean, before[0]) and torch.equal(var, before[1])
+
+
+SCALES = {layout: norms._adds_unrounded_products(layout == torch.channels_last) for layout in LAYOUTS.values()}
 
 
 def test_second_derivatives_that_would_be_wrong_are_refused():

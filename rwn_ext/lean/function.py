@@ -72,7 +72,7 @@ class Needs(NamedTuple):
 class BlockFunction(torch.autograd.Function):
     """`y = dropout(activation(norm(cat(pieces, 1))))` to `(*(conv(y) for conv in convs), y)`, y only if asked for.
 
-    Kept for backward is either the input, from which backward makes y again by the very calls of forward; or, of y, the
+    Kept for backward is either the input, from which backward makes y again, to the bit; or, of y, the
     channels that learned weights see and one bit an element of the activation's derivative (`keeps_input` chooses).
     Dropout keeps one bit an element.
     """
@@ -81,7 +81,7 @@ class BlockFunction(torch.autograd.Function):
     def forward(ctx: Any, block: Block, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         pieces, parameters, convs = block.split(tensors)
         needs = Needs.of(block, ctx.needs_input_grad[1:])
-        normed, state = block.norm.forward(_joined(pieces), parameters, again=False)
+        normed, state = block.norm.forward(_joined(pieces), parameters)
         from_input = keeps_input(block, needs, pieces, normed)
         own = normed is not pieces[0]
         if block.overwrites and not own and not from_input:
@@ -207,7 +207,7 @@ def _activated(block: Block, needs: Needs, kept: Kept, z: Tensor | None) -> tupl
     y = kept.get(("seen", None))
     if z is None or y is not None or not (any(needs.weights) or block.activation is not IDENTITY):
         return y, y
-    normed, _ = block.norm.forward(z, [kept.get(("norm", i)) for i in range(4)], again=True)
+    normed = block.norm.again(z, [kept.get(("norm", i)) for i in range(4)], [kept.get(("state", i)) for i in range(4)])
     inplace = normed is not z and not block.activation.reads_input and not torch.is_grad_enabled()
     y = block.activation.forward(normed, inplace=inplace)
     source = normed if block.activation.reads_input else y

@@ -1,8 +1,9 @@
-"""The normalisations a lean block knows: what each keeps, its forward pass and its gradients, call for call torch's."""
+"""The normalisations a lean block knows: what each keeps, its forward pass and its gradients, to the bit torch's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,19 +32,24 @@ class BatchNorm(NamedTuple):
         """Which of gamma, beta, running mean and variance backward needs; the rest cut off."""
         return parameters[:2] if self.batch_statistics else parameters
 
-    def forward(self, z: Tensor, parameters: Sequence[Tensor | None], *, again: bool) -> tuple[Tensor, list[Any]]:
-        """The normalised input, and what its gradients need besides it.
-
-        `again` repeats an earlier call without touching the running statistics. With batch statistics it is the very
-        call of the first time: no other expression gives the same bits on a CPU.
-        """
-        gamma, beta, mean, var = parameters
-        if self.batch_statistics and again:
-            mean = var = None
+    def forward(self, z: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, list[Any]]:
+        """The normalised input, and what its gradients need besides it."""
         normed, *state = torch.ops.aten._batch_norm_impl_index(
-            z, gamma, beta, mean, var, self.batch_statistics, self.momentum, self.eps, torch.backends.cudnn.enabled
+            z, *parameters, self.batch_statistics, self.momentum, self.eps, torch.backends.cudnn.enabled
         )
         return normed, state
+
+    def again(self, z: Tensor, parameters: Sequence[Tensor | None], state: Sequence[Any]) -> Tensor:
+        """What an earlier `forward` made of z, to the bit, without touching the running statistics.
+
+        From the statistics kept, in one pass, where that gives the same bits; else by the call of the first time.
+        """
+        if not self.batch_statistics:
+            return self.forward(z, parameters)[0]
+        gamma, beta, *_ = parameters
+        if gamma is not None and beta is not None and _can_be_scaled(z, gamma):
+            return _scaled(z, gamma, beta, *state[:2])
+        return self.forward(z, (gamma, beta, None, None))[0]
 
     def backward(
         self, grad: Tensor, z: Tensor | None, parameters: Sequence[Tensor | None], state: Sequence[Any],
@@ -71,10 +77,13 @@ class GroupNorm(NamedTuple):
     def kept(self, parameters: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         return parameters[:2]
 
-    def forward(self, z: Tensor, parameters: Sequence[Tensor | None], *, again: bool) -> tuple[Tensor, list[Any]]:
+    def forward(self, z: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, list[Any]]:
         z, gamma, beta = _dense(z), *parameters[:2]
         normed, *state = torch.native_group_norm(z, gamma, beta, *_sizes(z), self.groups, self.eps)
         return normed, state
+
+    def again(self, z: Tensor, parameters: Sequence[Tensor | None], state: Sequence[Any]) -> Tensor:
+        return self.forward(z, parameters)[0]
 
     def backward(
         self, grad: Tensor, z: Tensor | None, parameters: Sequence[Tensor | None], state: Sequence[Any],
@@ -97,8 +106,11 @@ class NoNorm(NamedTuple):
     def kept(self, parameters: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         return ()
 
-    def forward(self, z: Tensor, parameters: Sequence[Tensor | None], *, again: bool) -> tuple[Tensor, list[Any]]:
+    def forward(self, z: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, list[Any]]:
         return z, []
+
+    def again(self, z: Tensor, parameters: Sequence[Tensor | None], state: Sequence[Any]) -> Tensor:
+        return z
 
     def backward(
         self, grad: Tensor, z: Tensor | None, parameters: Sequence[Tensor | None], state: Sequence[Any],
@@ -138,6 +150,30 @@ def begin(module: nn.Module | None, z: Tensor) -> tuple[Norm, list[Tensor | None
         if module.momentum is None:
             momentum = 1.0 / float(module.num_batches_tracked)
     return BatchNorm(by_batch, momentum, module.eps), [*_affine(module), *statistics]
+
+
+def _scaled(z: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """What torch's batch norm computes on a CPU from the statistics: the sum of each is of an unrounded product."""
+    scale = invstd * gamma
+    shift = torch.addcmul(beta, mean, scale, value=-1)
+    return torch.addcmul(shift[:, None, None], z, scale[:, None, None])
+
+
+def _can_be_scaled(z: Tensor, gamma: Tensor) -> bool:
+    """Whether `_scaled` has the bits of torch's batch norm here. It has no derivative by the statistics."""
+    if type(z) is not Tensor or z.device.type != "cpu" or not z.dtype == gamma.dtype == torch.float32:
+        return False
+    contiguous, channels_last = z.is_contiguous(), z.is_contiguous(memory_format=torch.channels_last)
+    return contiguous != channels_last and not torch.is_grad_enabled() and _adds_unrounded_products(channels_last)
+
+
+@lru_cache
+def _adds_unrounded_products(channels_last: bool) -> bool:
+    """Whether this build of torch, on this processor, contracts products and sums in both: tried, on odd sizes."""
+    z, gamma, beta = (torch.arange(size, dtype=torch.float32, device="cpu").sin() for size in (2 * 27 * 5 * 7, 27, 27))
+    z = z.view(2, 27, 5, 7).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    normed, *statistics = torch.native_batch_norm(z, gamma, beta, None, None, True, 0.0, 1e-5)
+    return torch.equal(_scaled(z, gamma, beta, *statistics), normed)
 
 
 def _affine(module: nn.Module) -> list[Tensor | None]:
