@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -85,14 +86,18 @@ def _steps(results: Results) -> str:
 def _memory(results: Results) -> str:
     """Our targets and what was reached; then each case that others have published."""
     assert results.memory is not None
+    parts, rule = [results.memory["text"]], ["---", *["---:"] * 3]
     ours, theirs = ([row for row in results.memory["cases"] if bool(row["source"]) == other] for other in (False, True))
-    lines = [["bytes of plain nn's", "by the process", "by the allocator", "target"], ["---", *["---:"] * 3]]
-    lines += [[row["case"], f"{row['process']:.3f}", f"{row['allocator']:.3f}", f"{row['target']:.2f}"] for row in ours]
-    peers = [["the same, of", "published", "`lean=True`, by the process", "by the allocator"], ["---", *["---:"] * 3]]
-    peers += [[r["case"], f"{r['target']:.2f}", f"{r['process']:.3f}", f"{r['allocator']:.3f}"] for r in theirs]
+    lines = [["bytes of plain nn's", "target", "by the process", "by the allocator"], rule, *map(_shares, ours)]
+    parts += ["\n".join(f"| {' | '.join(line)} |" for line in lines)] if ours else []
+    lines = [["likewise", "published", "by the process", "by the allocator"], rule, *map(_shares, theirs)]
+    parts += ["\n".join(f"| {' | '.join(line)} |" for line in lines)] if theirs else []
     sources = ", ".join(dict.fromkeys(row["source"] for row in theirs))
-    tables = ("\n".join(f"| {' | '.join(line)} |" for line in table) for table in (lines, peers))
-    return "\n\n".join([results.memory["text"], *tables, f"Published: {sources}."])
+    return "\n\n".join([*parts, *([f"Published: {sources}."] if theirs else [])])
+
+
+def _shares(row: dict[str, Any]) -> list[str]:
+    return [row["case"], f"{row['target']:.2f}", f"{row['process']:.3f}", f"{row['allocator']:.3f}"]
 
 
 def _cell(entry: Entry | None) -> str:
