@@ -14,9 +14,9 @@ from torch import nn
 from bench import wire
 from bench.competitors import CHECKPOINTED, FROZEN, LEAN, LORA, MEMSAVE, OURS, PLAIN, SLICED, WAYS, rivals
 from bench.conftest import DEVICE, DTYPE, marks
-from bench.floors import convolution_floor, network_floor, predicted
+from bench.floors import convolution_floor, predicted
 from bench.group import Group
-from bench.networks import MEMSAVE_IS_INSTALLED, Step
+from bench.networks import MEMSAVE_IS_INSTALLED, Step, floor_of
 from bench.oracle import LayerOracle
 from bench.rates import rates
 from bench.turns import Effort, in_turns
@@ -127,8 +127,8 @@ def network(depth: int, effort: Effort) -> Group:
     steps = {row: Step(f"wrn-{depth}-2", row, images, labels) for row in NET_ROWS}
     memory = {row: step.memory() for row, step in steps.items()}
     bounds = {
-        row: network_floor(step.model, images, rates(DEVICE, DTYPE), DTYPE.itemsize)
-        for row, step in steps.items()
+        row: floor_of(f"wrn-{depth}-2", row, images, rates(DEVICE, DTYPE), DTYPE.itemsize)
+        for row in NET_ROWS
         if OURS in row or row in (PLAIN, FROZEN)
     }
     return Group(

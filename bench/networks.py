@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.competitors import CHECKPOINTED, FROZEN, LEAN, MEMSAVE, OURS, WAYS, with_convolutions
+from bench.floors import network_floor
+from bench.rates import Rates
 from rwn_ext import convert
 from rwn_ext.memory import measure_cpu, measure_cuda
 from rwn_ext.paper.networks import build
@@ -47,6 +49,11 @@ def _partial(net: str, part: float, lean: bool) -> nn.Module:
     if net not in IMAGENET:
         return build(net, 10, part, seed=0, lean=lean)
     return convert(_plain(net), trainable=part, lean=lean)
+
+
+def floor_of(net: str, row: str, images: Tensor, rate: Rates, itemsize: int) -> float:
+    """Seconds at the floor for a row of ours. A lean model computes what the other does, but calls no layer."""
+    return network_floor(model_of(net, row.replace(LEAN, OURS)).to(images.device), images, rate, itemsize)
 
 
 def memsave(model: nn.Module) -> nn.Module:

@@ -35,17 +35,21 @@ def _answer(results: Results) -> str:
     ours = [step.ratio(f"{OURS} p = {PART}") for step in at_part]
     ceiling = [step.ratio(FROZEN) for step in at_part]
     lines = [
-        f"**With {PART:.0%} of each layer's filters learned, a training step takes {_range(ours)} of `{PLAIN}`'s time "
-        f"({statistics.median(ours):.2f} in the median of {len(ours)} networks);** with nothing learned at all, which "
-        f"is the ceiling, it takes {_range(ceiling)}."
+        f"**With {PART:.0%} of each layer's filters learned, a training step takes {_range(ours)} of `{PLAIN}`'s time"
+        + (f" ({statistics.median(ours):.2f} in the median of {len(ours)} networks)" if len(ours) > 1 else "")
+        + f";** with nothing learned at all, which is the ceiling, it takes {_range(ceiling)}."
     ]
-    leaner = [share for step in at_part if (share := step.kept_share(f"{LEAN} p = {PART}"))]
+    lean = f"{LEAN} p = {PART}"
+    leaner = [share for step in at_part if (share := step.kept_share(lean))]
     if leaner:
-        trained = [s for step in at_part if (s := step.share("training_bytes", f"{OURS} p = {PART}"))]
+        times = [step.ratio(lean) for step in at_part if lean in step.rows]
         lines.append(
-            f"**With `lean=True` it keeps {_range(leaner)} of the bytes for backward**, and in any case needs "
-            f"{_range(trained)} of the memory for gradients and optimizer state."
+            f"**With `lean=True` it keeps {_range(leaner)} of the bytes for backward**, and takes {_range(times)} of "
+            "the time."
         )
+    trained = [share for step in at_part if (share := step.share("training_bytes", f"{OURS} p = {PART}"))]
+    if trained:
+        lines.append(f"Gradients and optimizer state need {_range(trained)} of the memory.")
     others = [best[1] for step in at_part if (best := step.best_other(PART))]
     if others:
         lines.append(f"The fastest other way to learn as much takes {_range(others)}.")
@@ -121,10 +125,13 @@ class Loss(NamedTuple):
     ratio: Ratio
 
 
+LEVELS = ("step", "run", "layer", "kernel", "scaling", "call")
+
+
 def losses(results: Results) -> list[Loss]:
-    """The worst first."""
+    """By level, of each the worst first."""
     found = [Loss(e, rival, r) for e in results.entries for rival, r in e.rivals.items() if r.low > 1]
-    return sorted(found, key=lambda loss: -loss.ratio.median)
+    return sorted(found, key=lambda loss: (LEVELS.index(loss.entry.level), -loss.ratio.median))
 
 
 def _hungry(results: Results) -> list[tuple[Entry, float]]:
@@ -153,7 +160,14 @@ def _losses(results: Results) -> str:
         return f"{title}\n\nNowhere in these tables, beyond the interval."
     header = ["level", "case", "contender, and what it is slower than", "time"]
     rows = [[e.level, ", ".join(e.group[1:]), f"{e.contender}, {rival}", _ratio(r)] for e, rival, r in lost]
-    parts = [title, *([_markdown([header, *rows[:LISTED]], words=3)] if rows else [])]
+    counts = [
+        f"{sum(loss.entry.level == level for loss in lost)} of {compared} ({level})"
+        for level in LEVELS
+        if (compared := sum(len(entry.rivals) for entry in results.level(level)))
+    ]
+    text = "Slower beyond the 95 % interval than another way to do the same"
+    parts = [title, f"{text}, of the comparisons made: {', '.join(counts)}."] if rows else [title]
+    parts += [_markdown([header, *rows[:LISTED]], words=3)] if rows else []
     if rows[LISTED:]:
         parts.append(_details(f"{len(rows) - LISTED} more", _markdown([header, *rows[LISTED:]], words=3)))
     parts += [
@@ -203,14 +217,15 @@ def _layers(results: Results) -> str:
 
 
 def _kernels(results: Results) -> str:
-    header = ["layer", "learned", WHOLE, *(name for name in PLAIN_GRADIENTS if name != WHOLE), OURS, "algorithm"]
-    header.append("of the floor's speed")
+    known = {entry.contender for entry in results.level("kernel")}
+    compared = [name for name in PLAIN_GRADIENTS if name != WHOLE and name in known]
+    header = ["layer", "learned", WHOLE, *compared, OURS, "algorithm", "of the floor's speed"]
     rows = []
     for (_, subject, _), members in groups(results.level("kernel")):
         by_name = {e.contender: e for e in members}
         if OURS not in by_name or WHOLE not in by_name:
             continue
-        ours, others = by_name[OURS], [by_name.get(n) for n in PLAIN_GRADIENTS if n != WHOLE]
+        ours, others = by_name[OURS], [by_name.get(name) for name in compared]
         rows.append([
             subject, ours.case.get("learned", ""), _time(by_name[WHOLE].median),
             *("" if e is None or WHOLE not in e.ratios else _cell(e.ratios[WHOLE].median) for e in others),
@@ -222,7 +237,13 @@ def _kernels(results: Results) -> str:
 
 
 def _calls(results: Results) -> str:
-    text = "An eager forward and backward of a layer so small that nothing but the call counts; times of many calls."
+    text = "An eager forward and backward of a layer so small that nothing but the call counts, relative to "
+    text += f"`{PLAIN}`'s."
+    by_size = [{e.contender: e for e in rows} for _, rows in groups(results.level("call"))]
+    names = list(dict.fromkeys(name for rows in by_size for name in rows))
+    header = ["", *(next(iter(rows.values())).subject for rows in by_size)]
+    rows = [[name, *(_marked(found[name]) if name in found else "" for found in by_size)] for name in names]
+    text += f"\n\n{_markdown([header, *rows])}"
     return _level(results, "call", "What a call costs, one thread", None, text)
 
 
@@ -356,7 +377,7 @@ def _details(summary: str, text: str) -> str:
 
 def _place(results: Results) -> str:
     machine = results.machine
-    return "" if machine["dtype"] != "float32" else f"{machine['threads']} threads"
+    return "" if machine["dtype"] != "float32" else f"{machine['threads']} CPU threads"
 
 
 def _range(values: Sequence[float]) -> str:

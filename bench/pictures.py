@@ -30,7 +30,7 @@ def draw_steps(results: Results, path: Path) -> None:
         columns = min(4, len(panels))
         lines = -(-len(panels) // columns)
         tallest = max(len(rows) for _, rows in panels)
-        figure = Figure(figsize=(3.6 * columns + 0.8, lines * (0.7 + 0.22 * tallest)), layout="constrained")
+        figure = Figure(figsize=(max(7.0, 3.6 * columns + 0.8), lines * (0.7 + 0.22 * tallest)), layout="constrained")
         axes = list(figure.subplots(lines, columns, squeeze=False).flat)
         for axis, ((_, subject, _), rows) in zip(axes, panels, strict=False):
             _bars(axis, subject, rows)
@@ -45,9 +45,9 @@ def draw_layers(results: Results, path: Path) -> None:
     for entry in results.level("layer"):
         panels.setdefault(entry.subject, []).append(entry)
     if panels:
-        columns = 4
+        columns = min(4, max(2, len(panels)))
         rows = -(-len(panels) // columns)
-        figure = Figure(figsize=(13, 3.2 * rows), layout="constrained")
+        figure = Figure(figsize=(3.3 * columns, 3.2 * rows), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axis, (subject, entries) in zip(axes, panels.items(), strict=False):
             _lines(axis, entries, "p", title=subject)
@@ -182,4 +182,5 @@ def _legend(figure: Figure) -> None:
         if axis.get_legend() is None:
             handles, labels = axis.get_legend_handles_labels()
             known |= dict(zip(labels, handles, strict=True)) | known
-    figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(len(known), 10), fontsize=8)
+    columns = max(1, min(len(known), int(figure.get_figwidth() / 1.6)))
+    figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=columns, fontsize=8)

@@ -80,6 +80,7 @@ def test_page_marks_what_loses(tmp_path):
     assert "It is slower in 2 of 2 comparisons" in text
     assert "| layer | a layer, p 0.1 | rwn_ext, nn.Conv2d | 1.20 [1.20, 1.20] |" in text
     assert "| layer | a layer, p 0.1 | rwn_ext, sliced aten | 1.09 [1.09, 1.09] |" in text
+    assert "of the comparisons made: 2 of 2 (layer)." in text
     assert "**rwn_ext** (loses)" in text and "sliced aten, " not in text
     assert "| 2.00 |" in text and "20 GB/s" in text and "cccccccccc" in text
     assert "Tested before: tests/test_some.py (passed)." in text
@@ -106,7 +107,8 @@ def test_the_answer_comes_first(tmp_path):
     answer = page(load(saved(tmp_path, *groups))).split("##")[0]
     assert "takes 0.60 to 0.80 of `nn.Conv2d`'s time (0.70 in the median of 2 networks)" in answer
     assert "with nothing learned at all, which is the ceiling, it takes 0.50" in answer
-    assert "keeps 0.30 to 0.50 of the bytes" in answer and "needs 0.25 of the memory for gradients" in answer
+    assert "keeps 0.30 to 0.50 of the bytes for backward**, and takes 0.90 of the time" in answer
+    assert "Gradients and optimizer state need 0.25 of the memory." in answer
     # net b loses to sliced aten, and so does the lean model of either; LoRA is not the fastest.
     assert "| net b | 1 ms | 0.80 | 0.50 | 0.70 (sliced aten) | 0.30 |" in answer
     assert "slower in 3 of 12 comparisons" in answer
