@@ -34,6 +34,7 @@ from bench.rates import rates
 from bench.results import ResultsError
 from rwn_ext import ops, planner
 from rwn_ext.describe import table
+from rwn_ext.paper.heap import keep_freed_memory
 from rwn_ext.paper.timing import synchronized_clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -404,6 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--earlier", type=Path, metavar="FOLDER", help="results to continue from, if not FOLDER's own")
     options = parser.parse_args(arguments)
+    keep_freed_memory()
     name = "curve.json" if options.curve else "kernels.json"
     try:
         results = GrowingResults(

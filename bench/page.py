@@ -295,7 +295,8 @@ def _method(results: Results) -> str:
         f"torch {machine['torch']}, {machine['dtype']}, channels_last, {machine['threads']} CPU threads.",
         "Contenders of a table took turns in one process, round by round, so that drift of the machine hits all alike. "
         "A ratio is the median over rounds of the ratio within a round, with its 95 % interval from order statistics. "
-        "Outputs and gradients were compared with float64 before anything was timed.",
+        "Outputs and gradients were compared with float64 before anything was timed. What is freed stays with the "
+        "process, as with the allocators that PyTorch's tuning guide advises.",
         f"The floor is made of what this device was measured to do: a copy moves "
         f"{rates['bytes_per_second'] / 1e9:.3g} GB/s, a matrix product computes {rates['flops_per_second'] / 1e9:.4g} "
         "GFLOP/s. Each pass reads and writes each operand once or multiplies at that rate, whichever takes longer.",
