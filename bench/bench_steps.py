@@ -38,7 +38,7 @@ class Net(NamedTuple):
 
 # WRN-16-4 is measured longest, its ratios are the ones we hold ourselves to on a CPU.
 CPU_NETS = (
-    Net("wrn-16-4", 32, Effort(80, least=11)),
+    Net("wrn-16-4", 32, Effort(70)),
     Net("densenet-bc-40-12", 16, Effort(20)),
     Net("vgg19-bn", 16, Effort(20)),
     Net("alexnet", 64, Effort(10)),
@@ -106,8 +106,7 @@ def measured(net: Net, effort: Effort, compiled: bool) -> Group:
             oracle.check(row, step.model, step.learner, images[few], labels[few])
             memory[row] = step.memory()
         if OURS in row or row == FROZEN:
-            plain_row = row.removeprefix(form)
-            floor[row] = floor_of(net.name, plain_row, images, rates(DEVICE, DTYPE), DTYPE.itemsize)
+            floor[row] = floor_of(net.name, row.removeprefix(form), images, rates(DEVICE, DTYPE), DTYPE.itemsize)
     case = {
         "batch": net.batch, "image": net.size, "layout": "channels_last",
         "numbers": "bf16 autocast" if DEVICE == "cuda" else "float32",

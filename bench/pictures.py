@@ -112,17 +112,20 @@ def _bars(axis: Axes, title: str, rows: list[Entry]) -> None:
 
 
 def _lines(axis: Axes, entries: list[Entry], key: str, *, title: str) -> None:
+    highest = 1.0
     for name in dict.fromkeys(entry.contender for entry in entries):
         own = [entry for entry in entries if entry.contender == name]
         if len(own) < 2:
             continue  # such as the compiled ones, which have one point
         xs, ratios = [entry.case[key] for entry in own], [entry.ratios[PLAIN] for entry in own]
         style: dict[str, Any] = {"color": _color(name), "label": name.partition(" p = ")[0]}
+        highest = max(highest, *(r.median for r in ratios))
         axis.plot(xs, [r.median for r in ratios], "o-", markersize=3, linewidth=1.2, **style)
         axis.fill_between(xs, [r.low for r in ratios], [r.high for r in ratios], color=style["color"], alpha=0.15)
     _predicted(axis, entries, key)
     axis.set_title(title, size=9)
-    axis.set_ylim(bottom=0)
+    # An interval may leave the picture, a median not.
+    axis.set_ylim(0, 1.15 * highest)
     _axis(axis, key)
 
 
