@@ -403,7 +403,7 @@ def _plain_cell(value: Any) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _ratio(value: Ratio) -> str:
