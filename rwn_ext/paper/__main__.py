@@ -143,7 +143,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--dim", type=int, choices=range(4), default=0,
-        help="along which --part chooses: 0 filters (default), 1 input channels, 2 rows or 3 columns of the kernel",
+        help="along which --part chooses: 0 filters (default); 1 input channels, 2 rows or 3 columns of the "
+        "kernel, of these at least one",
     )  # fmt: skip
     what.add_argument("--select", choices=POLICIES, default="last", help="which of them: the last (default), ...")
     what.add_argument(
