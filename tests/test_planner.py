@@ -72,6 +72,7 @@ def test_heuristic(change: dict, picked: str, without_cpu_kernel):
         ({"dtype": "bfloat16"}, False),
         ({"kernel_size": (1, 1), "padding": (0, 0)}, False),
         ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 2}, True),
+        ({"kernel_size": (1, 1), "padding": (0, 0), "batch": 1, "width": 16}, True),
         ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 2, "channels_last": False}, False),
     ],
     ids=str,
