@@ -25,7 +25,7 @@ SLICE = [
     {**LARGE, "arch": 90},
     {**LARGE, "arch": 80, "channels_last": False},
     {**LARGE, "arch": 100, "dtype": "fp16", "runs": [127, 128]},
-    {**LARGE, "arch": 90, "affine": True},
+    {**LARGE, "arch": 90, "affine": True, "bias": True},
     {**LARGE, "arch": 80, "dtype": "tf32"},
     {**LARGE, "arch": 90, "dtype": "ieee", "last_block": True},
     {**LARGE, "arch": 90, "family": "depthwise", "groups": 128, "runs": [64, 128]},
@@ -42,7 +42,7 @@ def name(case: dict) -> str:
         f"of{case['runs'][1] - case['runs'][0]}",
         *map(str, case.get("block", ())),
     ]
-    flags = [flag for flag in ("affine", "last_block") if case.get(flag)]
+    flags = [flag for flag in ("affine", "bias", "last_block") if case.get(flag)]
     return "-".join([*parts, *flags, "nhwc" if case.get("channels_last", True) else "nchw"])
 
 
@@ -94,6 +94,8 @@ def test_a_slice_of_the_matrix_keeps_its_contract():
 
 VARIANTS = {
     "plain": {}, "affine": {"affine": True}, "nchw": {"channels_last": False}, "last block": {"last_block": True},
+    "affine nchw": {"affine": True, "channels_last": False}, "bias": {"bias": True},
+    "bias last block": {"bias": True, "last_block": True},
 }  # fmt: skip
 
 
@@ -109,9 +111,29 @@ def test_every_shipped_configuration_keeps_its_contract(variant: str, dtype: str
     assert_contracts([{**case, "block": [shape.block_channels, shape.block_columns]} for shape in shipped])
 
 
+# Launches whose operands lie otherwise: few channels and many filters, filters beside each other and not.
+STEM = {"size": [16, 3, 112, 112, 64, 7, 7], "stride": [2, 2], "family": "swapped"}
+SKINNY = {"size": [32, 256, 28, 28, 64, 1, 1], "family": "pointwise"}
+PLACES = {
+    "stem": {**STEM, "runs": [32, 64]}, "stem, scattered": {**STEM, "runs": [3, 30, 40, 64]},
+    "pointwise": {**SKINNY, "runs": [56, 64]}, "pointwise, gathered": {**SKINNY, "runs": [57, 64], "stride": [2, 2]},
+}  # fmt: skip
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", PLACES)
+def test_swapped_and_pointwise_launches_keep_their_contract(place: str, dtype: str, arch: int):
+    case = {**PLACES[place], "arch": arch, "dtype": dtype}
+    layouts = [{**case, "channels_last": nhwc, "affine": affine} for nhwc in (True, False) for affine in (True, False)]
+    assert_contracts(layouts)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "ieee"])
-def test_every_depthwise_block_keeps_its_contract(dtype: str, arch: int):
-    case = {**LARGE, "arch": arch, "dtype": dtype, "family": "depthwise", "groups": 128}
+@pytest.mark.parametrize("extra", [{}, {"affine": True, "bias": True}], ids=["plain", "affine-bias"])
+def test_every_depthwise_block_keeps_its_contract(extra: dict, dtype: str, arch: int):
+    case = {**LARGE, **extra, "arch": arch, "dtype": dtype, "family": "depthwise", "groups": 128}
     assert_contracts([{**case, "runs": [64, 64 + learned]} for learned in (8, 16, 24, 64)])
