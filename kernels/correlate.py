@@ -36,8 +36,9 @@ def correlate_kernel(
     """Grid (column blocks, channel blocks, groups * splits): neighbours share their pixels of `still` through L2.
 
     A pixel of `moved` holds DEPTH channels side by side, one of `still` `readable` ones: the `channels` that count, and
-    behind them what makes their number one that can be loaded whole. The strides of `moved` count UNITs of elements, the width of
-    its loads, which Triton cannot see in a number that is no multiple of 16. Offsets of pixels are 64 bits wide.
+    behind them what makes their number one that can be loaded whole. The strides of `moved` count UNITs of elements,
+    the width of its loads, which Triton cannot see in a number that is no multiple of 16. Offsets of pixels are 64 bits
+    wide.
     """
     columns: tl.constexpr = R * S * DEPTH
     group = tl.program_id(2) // splits

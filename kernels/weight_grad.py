@@ -178,8 +178,8 @@ def _stationary(
     start = (r - 1) * dh * h + (s - 1) * dw * w
     out_strides, channels = (out.stride(1), out.stride(0), out.stride(2), out.stride(3)), out.size(1)
     return _Correlation(
-        input, channels, moved, fill, start, (n, h, w, -dh * h, -dw * w, slots.depth), (r, s), slots, out_strides, affine,
-        _seeing_tap(geometry, input.shape[2:], grad_output.shape[2:]),
+        input, channels, moved, fill, start, (n, h, w, -dh * h, -dw * w, slots.depth), (r, s), slots, out_strides,
+        affine, _seeing_tap(geometry, input.shape[2:], grad_output.shape[2:]),
     )  # fmt: skip
 
 

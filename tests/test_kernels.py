@@ -188,7 +188,7 @@ def test_a_bias_that_no_tap_sees_whole_is_refused_in_words():
     crop = CASES[5]  # a padding wider than the filter: every tap meets some of it
     assert not launcher.sums_bias(crop.family, *geometry_of(crop))
     x, grad_output = operands(crop, torch.float32, NHWC)
-    with pytest.raises(ValueError, match="stationary cannot sum the bias of .*padding=\\(3, 5\\)"):
+    with pytest.raises(ValueError, match=r"stationary cannot sum the bias of .*padding=\(3, 5\)"):
         crop.actual(x, grad_output, torch.float32, bias=torch.empty(3, device=DEVICE))
 
 
