@@ -32,8 +32,6 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 stood before this module was imported."""
 
 PRECISIONS = ("tf32", "tf32x3", "ieee")
-COUNTERS = 1024
-"""Tiles that `last_block` can count; more are summed by a launch of their own."""
 FAMILIES = ("stationary", "swapped", "pointwise", "depthwise")
 
 Pair = tuple[int, int]
@@ -266,10 +264,10 @@ def _gather(
     halo_gather_kernel[(triton.cdiv(positions, block_positions), triton.cdiv(depth, block_depth))](
         source, out, _or(slots.channels, source), scale, shift, _or(counters, source),
         positions, size[0] * size[1], size[1], *border, source.size(2), source.size(3), slots.valid, depth,
-        COUNTERS, *_nhwc(source),
+        tiles.COUNTERS, *_nhwc(source),
         STEP_H=step[0], STEP_W=step[1], BLOCK_POSITIONS=block_positions, BLOCK_DEPTH=block_depth,
         POSITIONS_FASTEST=source.stride(1) != 1, HAS_INDEX=slots.channels is not None, PROLOGUE=affine is not None,
-        BLOCK_COUNTERS=0 if counters is None else COUNTERS, num_warps=4, **_fusion(affine),
+        BLOCK_COUNTERS=0 if counters is None else tiles.COUNTERS, num_warps=4, **_fusion(affine),
     )  # fmt: skip
 
 
@@ -286,11 +284,10 @@ def _correlate(
     shape, grid = plan.shape, tiles.grid(plan, channels, columns, slots.groups)
     finish = ONLY_SPLIT if plan.splits == 1 else PARTIALS
     if last_block is None:
-        # Without a launch before it, counters would need one that zeroes them.
-        last_block = plan.splits <= tiles.LAST_BLOCK_SPLITS and correlation.fill is not None
-    if last_block and plan.splits > 1 and grid[0] * grid[1] * slots.groups <= COUNTERS:
+        last_block = tiles.sums_itself(plan, channels, columns, slots.groups, zeroed=correlation.fill is not None)
+    if last_block and plan.splits > 1 and grid[0] * grid[1] * slots.groups <= tiles.COUNTERS:
         finish = LAST_SUMS
-    counters = torch.empty(COUNTERS, dtype=torch.int32, device=out.device) if finish == LAST_SUMS else None
+    counters = torch.empty(tiles.COUNTERS, dtype=torch.int32, device=out.device) if finish == LAST_SUMS else None
     if correlation.fill is not None:
         correlation.fill(counters)
     elif counters is not None:

@@ -94,8 +94,7 @@ def test_a_slice_of_the_matrix_keeps_its_contract():
 
 VARIANTS = {
     "plain": {}, "affine": {"affine": True}, "nchw": {"channels_last": False}, "last block": {"last_block": True},
-    "affine nchw": {"affine": True, "channels_last": False}, "bias": {"bias": True},
-    "bias last block": {"bias": True, "last_block": True},
+    "affine nchw": {"affine": True, "channels_last": False}, "bias last block": {"bias": True, "last_block": True},
 }  # fmt: skip
 
 
@@ -114,20 +113,18 @@ def test_every_shipped_configuration_keeps_its_contract(variant: str, dtype: str
 # Launches whose operands lie otherwise: few channels and many filters, filters beside each other and not.
 STEM = {"size": [16, 3, 112, 112, 64, 7, 7], "stride": [2, 2], "family": "swapped"}
 SKINNY = {"size": [32, 256, 28, 28, 64, 1, 1], "family": "pointwise"}
-PLACES = {
-    "stem": {**STEM, "runs": [32, 64]}, "stem, scattered": {**STEM, "runs": [3, 30, 40, 64]},
-    "pointwise": {**SKINNY, "runs": [56, 64]}, "pointwise, gathered": {**SKINNY, "runs": [57, 64], "stride": [2, 2]},
-}  # fmt: skip
+PLACES = (
+    {**STEM, "runs": [32, 64]}, {**STEM, "runs": [3, 30, 40, 64]},
+    {**SKINNY, "runs": [56, 64]}, {**SKINNY, "runs": [57, 64], "stride": [2, 2]},
+)  # fmt: skip
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("place", PLACES)
-def test_swapped_and_pointwise_launches_keep_their_contract(place: str, dtype: str, arch: int):
-    case = {**PLACES[place], "arch": arch, "dtype": dtype}
-    layouts = [{**case, "channels_last": nhwc, "affine": affine} for nhwc in (True, False) for affine in (True, False)]
-    assert_contracts(layouts)
+def test_swapped_and_pointwise_launches_keep_their_contract(dtype: str, arch: int):
+    ways = ({}, {"affine": True}, {"channels_last": False})
+    assert_contracts([{**place, **way, "arch": arch, "dtype": dtype} for place in PLACES for way in ways])
 
 
 @pytest.mark.aot
