@@ -66,9 +66,9 @@ def shape(block_channels: int, block_columns: int, operands: Operands, arch: int
     tile = block_channels * block_columns
     if operands.element_size == 4:
         return Shape(32, block_channels, block_columns, 4, 3, block_columns > 32)
-    on_m = not operands.prologue and (arch >= 90 or not operands.channels_last)
-    # Two exceptions that keep every value in a register (checked ahead of time).
-    if arch >= 100 and block_channels >= 64 and block_columns == 64:
+    on_m = not operands.prologue if arch >= 90 else not operands.channels_last
+    # Exceptions that keep every value in a register (checked ahead of time).
+    if block_columns == 64 and block_channels >= 64 and (arch >= 100 or (arch < 90 and operands.prologue)):
         on_m = False
     wide = tile >= 128 * 128 or (arch < 90 and operands.prologue and block_columns == 256)
     return Shape(64, block_channels, block_columns, 8 if wide else 4, 3, on_m)

@@ -50,7 +50,7 @@ def name(case: dict) -> str:
 def compiled(cases: list[dict]) -> dict[str, list[dict]]:
     """In a process where the kernels were not imported for the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "aot.py", "2"],
         input=json.dumps(cases), env=environment, capture_output=True, text=True,
