@@ -14,6 +14,7 @@ import torch
 from bench import machine
 from bench.clock import clock, replay
 from bench.group import Group
+from rwn_ext.paper.heap import keep_freed_memory
 from rwn_ext.report import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +32,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    keep_freed_memory()
     config.option.benchmark_timer = f"{clock.__module__}.{clock.__name__}"
     config.addinivalue_line("markers", "slow: left out by --quick")
     config.addinivalue_line("markers", "compiled: left out without --compiled")

@@ -313,11 +313,14 @@ def _triton_obstacle(p: Problem) -> str | None:
 
 
 # The CPU's limits were measured (bench/bench_layers.py; float32). The compiled kernel wins wherever it can be used
-# and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than these too many of its sums are
-# of nothing. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN computes filters in
+# and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than 8 its sums are of nothing but
+# for a part, which must be outweighed by the filters that it spares. With one tap it wins while it waits for memory
+# alone. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN computes filters in
 # blocks of a vector register, so a block saved is a gain and less is none; and a few million multiply-adds take less
 # time than a call of the library, of which "full" needs one less.
 CPU_DIRECT_CHANNELS = 8
+CPU_DIRECT_TILE = 16
+CPU_DIRECT_POINTWISE_FILTERS = 3
 # Unfolded columns: while they are no more than this many for each input channel, the copy costs less than it spares.
 CPU_UNFOLD_COLUMNS_PER_CHANNEL = 2
 CPU_UNFOLD_CHANNELS = 64
@@ -355,8 +358,13 @@ def _cheapest(p: Problem, algorithms: costs.Algorithms) -> tuple[str, float]:
 
 def _by_measured_limits(p: Problem) -> Plan:
     r, s = p.kernel_size
-    if r * s > 1 and p.learned < p.filters and p.channels >= CPU_DIRECT_CHANNELS and not _obstacle(p, "direct"):
-        return Plan("direct", f"{r * s} taps of {p.channels} channels repay the copy of a block")
+    if p.learned < p.filters and not _obstacle(p, "direct"):
+        if r * s == 1 and p.channels_last and p.learned <= CPU_DIRECT_POINTWISE_FILTERS:
+            return Plan("direct", "so few 1x1 filters take as long as reading the input")
+        if r * s > 1 and p.channels >= CPU_DIRECT_CHANNELS:
+            return Plan("direct", f"{r * s} taps of {p.channels} channels repay the copy of a block")
+        if r * s > 1 and p.learned * CPU_DIRECT_TILE <= p.filters * p.channels:
+            return Plan("direct", f"{p.learned} of {p.filters} filters spare more than {p.channels} channels waste")
     blocks, all_blocks = (-(-count // p.groups // CPU_FILTER_BLOCK) for count in (p.learned, p.filters))
     if blocks == all_blocks:
         return Plan("full", f"the learned filters fill as many blocks of {CPU_FILTER_BLOCK} as all do, {blocks}")

@@ -1,10 +1,11 @@
 // The inner loops, compiled once for each instruction set; whoever includes this defines LANES (floats in a register)
 // and COLUMNS (filters at once: two registers of sums each must fit beside two of input).
 //
-// The idea: a block of the input, some rows of one tile of channels, is copied to where it is dense, zeros around it
-// included. Over it moves the small gradient: for each tap of the kernel, every pixel of the block is two registers of
-// channels, times each filter's gradient there, which is one number. The sums of a tap's filters stay in registers for
-// the whole block; its pixels come from the first level cache, taps times.
+// The idea: a block of the input, some rows of one tile of channels, or some small images of it, is copied to where
+// it is dense. Over it moves the small gradient: for each tap of the kernel, every pixel of the block that the tap
+// reaches is two registers of channels, times each filter's gradient there, which is one number. The sums of a tap's
+// filters stay in registers for the whole block; its pixels come from the first level cache, taps times. A single tap
+// reads the input where it lies, a block's tiles one after another, so that memory is read in the order it is in.
 //
 // Nothing of the standard library's inline code here: the linker keeps one copy of it, perhaps this one, for all.
 #include "weight_grad.h"
@@ -24,10 +25,12 @@ typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 int smaller(int a, int b) { return a < b ? a : b; }
 int larger(int a, int b) { return a > b ? a : b; }
 
-// Some outputs of one image, and the input they are computed from.
+// Some outputs of each of some images, and the input they are computed from.
 struct Block {
-  int row, rows, column, columns;            // of the output
-  int top, left, input_rows, input_columns;  // of the input; top and left may lie before it
+  int image, images;
+  int row, rows, column, columns;  // of the output
+  int top, left, input_rows,
+      input_columns;  // of the input; top and left may lie before it
 };
 
 int block_columns(const Problem& p) { return smaller(p.out_width, BLOCK_COLUMNS); }
@@ -43,8 +46,17 @@ int block_rows(const Problem& p) {
   return larger(1, smaller(p.out_height, rows));
 }
 
-Block block_at(const Problem& p, int row, int column) {
+// Small images share a block; then it holds each of them whole.
+int block_images(const Problem& p) {
+  if (block_rows(p) < p.out_height || block_columns(p) < p.out_width) return 1;
+  const int rows = input_extent(p.out_height, p.stride_h, p.kernel_h, p.dilation_h);
+  const int columns = input_extent(p.out_width, p.stride_w, p.kernel_w, p.dilation_w);
+  return larger(1, BLOCK_BYTES / (rows * columns * TILE * int(sizeof(float))));
+}
+
+Block block_at(const Problem& p, int image, int images, int row, int column) {
   Block b;
+  b.image = image, b.images = images;
   b.row = row, b.rows = smaller(block_rows(p), p.out_height - row);
   b.column = column, b.columns = smaller(block_columns(p), p.out_width - column);
   b.top = row * p.stride_h - p.padding_h, b.left = column * p.stride_w - p.padding_w;
@@ -54,86 +66,106 @@ Block block_at(const Problem& p, int row, int column) {
 }
 
 int64_t scratch_floats(const Problem& p) {
-  const Block b = block_at(p, 0, 0);
-  return int64_t(b.input_rows) * b.input_columns * TILE;
+  const Block b = block_at(p, 0, block_images(p), 0, 0);
+  return int64_t(b.images) * b.input_rows * b.input_columns * TILE;
 }
 
-void clear(float* to, int64_t floats) {
-  for (int64_t i = 0; i < floats; ++i) to[i] = 0;
+// What a block's places along one axis, input pixels or outputs, share with what there is.
+struct Range {
+  int begin, end;
+  int size() const { return end - begin; }
+};
+
+// Of `count` places from `first` on, those within an axis of `size`.
+Range within(int first, int count, int size) {
+  const int begin = smaller(larger(-first, 0), count);
+  return {begin, larger(smaller(size - first, count), begin)};
 }
 
-// One row of the block, (input_columns, TILE).
-void pack_row(const Problem& p, const Item& item, const Block& b, const float* row, float* to) {
-  const int before = smaller(larger(-b.left, 0), b.input_columns);
-  const int after = larger(smaller(p.width - b.left, b.input_columns), before);
+// Of `outputs`, those whose input at a tap, `first + output * stride`, lies within an axis of `size`.
+Range reached(int first, int outputs, int stride, int size) {
+  const int begin = first < 0 ? smaller((-first + stride - 1) / stride, outputs) : 0;
+  const int end = first < size ? smaller((size - 1 - first) / stride + 1, outputs) : 0;
+  return {begin, larger(end, begin)};
+}
+
+// One row of the block, (input_columns, TILE); what lies around the input is never read.
+void pack_row(const Problem& p, const Block& b, int channels, const float* row, float* to) {
+  const Range there = within(b.left, b.input_columns, p.width);
   const int64_t step = p.input_stride[3], channel = p.input_stride[1];
-  clear(to, int64_t(before) * TILE);
-  clear(to + int64_t(after) * TILE, int64_t(b.input_columns - after) * TILE);
-  const float* from = row + (b.left + before) * step;
-  to += int64_t(before) * TILE;
-  const int count = after - before;
-  if (channel == 1 && item.channels == TILE) {
-    for (int i = 0; i < count; ++i, from += step, to += TILE) {
+  const float* from = row + (b.left + there.begin) * step;
+  to += int64_t(there.begin) * TILE;
+  if (channel == 1 && channels == TILE) {
+    for (int i = there.begin; i < there.end; ++i, from += step, to += TILE) {
       __builtin_prefetch(from + AHEAD * step);
       reinterpret_cast<Vector*>(to)[0] = reinterpret_cast<const Vector*>(from)[0];
       *reinterpret_cast<Vector*>(to + LANES) = *reinterpret_cast<const Vector*>(from + LANES);
     }
     return;
   }
-  if (item.channels < TILE) clear(to, int64_t(count) * TILE);
-  for (int c = 0; c < item.channels; ++c) {
-    for (int i = 0; i < count; ++i) to[i * TILE + c] = from[c * channel + i * step];
+  if (channels < TILE) {
+    for (int64_t i = 0; i < int64_t(there.size()) * TILE; ++i) to[i] = 0;
+  }
+  for (int c = 0; c < channels; ++c) {
+    for (int i = 0; i < there.size(); ++i) to[i * TILE + c] = from[c * channel + i * step];
   }
 }
 
-void pack(const Problem& p, const Item& item, const Block& b, const float* image, float* to) {
-  for (int i = 0; i < b.input_rows; ++i, to += int64_t(b.input_columns) * TILE) {
-    const int h = b.top + i;
-    if (h < 0 || h >= p.height) {
-      clear(to, int64_t(b.input_columns) * TILE);
-    } else {
-      pack_row(p, item, b, image + h * p.input_stride[2], to);
+// `input` points to the first of the block's channels.
+void pack(const Problem& p, const Block& b, int channels, const float* input, float* to) {
+  const Range there = within(b.top, b.input_rows, p.height);
+  for (int n = b.image; n < b.image + b.images; ++n, to += int64_t(b.input_rows) * b.input_columns * TILE) {
+    for (int i = there.begin; i < there.end; ++i) {
+      pack_row(p, b, channels, input + n * p.input_stride[0] + (b.top + i) * p.input_stride[2],
+               to + int64_t(i) * b.input_columns * TILE);
     }
   }
 }
 
-// Where the operands of one tap lie: pixels step along a row, rows follow each other.
-struct Walk {
-  int rows, columns;
-  int64_t input_row, input_step, gradient_row, gradient_step;
+// Where pixels lie, of the input or of the gradient.
+struct Steps {
+  int64_t image, row, column;
 };
 
-// sums (FILTERS, TILE) += over the block's pixels, gradient (FILTERS) times input (TILE). With few filters, PHASES
+// The operands of one tap.
+struct Walk {
+  int images, rows, columns;
+  Steps input, gradient;
+};
+
+// sums (FILTERS, TILE) += over the walk's pixels, gradient (FILTERS) times input (TILE). With few filters, PHASES
 // pixels at a time have sums of their own, or each multiply-add would wait for the last.
 template <int FILTERS, int PHASES>
 void accumulate(const Walk& walk, const float* input, const float* gradient, float* sums) {
   Vector acc[PHASES][FILTERS][2] = {};
-  for (int row = 0; row < walk.rows; ++row) {
-    const float* x = input + row * walk.input_row;
-    const float* g = gradient + row * walk.gradient_row;
-    int column = 0;
-    for (; column + PHASES <= walk.columns; column += PHASES) {
+  for (int image = 0; image < walk.images; ++image) {
+    for (int row = 0; row < walk.rows; ++row) {
+      const float* x = input + image * walk.input.image + row * walk.input.row;
+      const float* g = gradient + image * walk.gradient.image + row * walk.gradient.row;
+      int column = 0;
+      for (; column + PHASES <= walk.columns; column += PHASES) {
 #pragma GCC unroll 4
-      for (int phase = 0; phase < PHASES; ++phase) {
+        for (int phase = 0; phase < PHASES; ++phase) {
+          const Vector low = *reinterpret_cast<const Vector*>(x), high = *reinterpret_cast<const Vector*>(x + LANES);
+#pragma GCC unroll 16
+          for (int f = 0; f < FILTERS; ++f) {
+            acc[phase][f][0] += low * g[f];
+            acc[phase][f][1] += high * g[f];
+          }
+          x += walk.input.column;
+          g += walk.gradient.column;
+        }
+      }
+      for (; column < walk.columns; ++column) {
         const Vector low = *reinterpret_cast<const Vector*>(x), high = *reinterpret_cast<const Vector*>(x + LANES);
 #pragma GCC unroll 16
         for (int f = 0; f < FILTERS; ++f) {
-          acc[phase][f][0] += low * g[f];
-          acc[phase][f][1] += high * g[f];
+          acc[0][f][0] += low * g[f];
+          acc[0][f][1] += high * g[f];
         }
-        x += walk.input_step;
-        g += walk.gradient_step;
+        x += walk.input.column;
+        g += walk.gradient.column;
       }
-    }
-    for (; column < walk.columns; ++column) {
-      const Vector low = *reinterpret_cast<const Vector*>(x), high = *reinterpret_cast<const Vector*>(x + LANES);
-#pragma GCC unroll 16
-      for (int f = 0; f < FILTERS; ++f) {
-        acc[0][f][0] += low * g[f];
-        acc[0][f][1] += high * g[f];
-      }
-      x += walk.input_step;
-      g += walk.gradient_step;
     }
   }
 #pragma GCC unroll 16
@@ -162,30 +194,54 @@ constexpr Table<1, 2, 3, 4, 5, 6> table;
 constexpr Table<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> table;
 #endif
 
+// sums (taps, Kt, TILE) += the block's share, of one tile of channels. `input` is where the block's first pixel would be.
+void correlate_tile(const Problem& p, const Block& b, const float* input, const Steps& steps, const float* gradient,
+                    float* sums) {
+  const int parts = (p.learned + COLUMNS - 1) / COLUMNS;
+  const Steps outputs = {int64_t(p.out_height) * p.out_width * p.learned, int64_t(p.out_width) * p.learned, p.learned};
+  for (int tap = 0; tap < p.taps(); ++tap) {
+    const int down = tap / p.kernel_w * p.dilation_h, right = tap % p.kernel_w * p.dilation_w;
+    const Range rows = reached(b.top + down, b.rows, p.stride_h, p.height);
+    const Range columns = reached(b.left + right, b.columns, p.stride_w, p.width);
+    if (rows.size() == 0 || columns.size() == 0) continue;
+    const Walk walk = {b.images,
+                       rows.size(),
+                       columns.size(),
+                       {steps.image, p.stride_h * steps.row, p.stride_w * steps.column},
+                       outputs};
+    const float* x =
+        input + (down + rows.begin * p.stride_h) * steps.row + (right + columns.begin * p.stride_w) * steps.column;
+    const float* g = gradient + b.image * outputs.image + (b.row + rows.begin) * outputs.row +
+                     (b.column + columns.begin) * outputs.column;
+    // The filters in parts of nearly equal size.
+    for (int part = 0; part < parts; ++part) {
+      const int begin = p.learned * part / parts, end = p.learned * (part + 1) / parts;
+      table.of[end - begin - 1](walk, x, g + begin, sums + (int64_t(tap) * p.learned + begin) * TILE);
+    }
+  }
+}
+
 void correlate(const Problem& p, const Item& item, const float* input, const float* gradient, float* scratch,
                float* sums) {
-  const int parts = (p.learned + COLUMNS - 1) / COLUMNS;
-  for (int n = item.first_image; n < item.first_image + item.images; ++n) {
-    const float* image = input + n * p.input_stride[0] + item.first_channel * p.input_stride[1];
-    const float* grad_image = gradient + int64_t(n) * p.out_height * p.out_width * p.learned;
+  const bool in_place = p.taps() == 1 && p.input_stride[1] == 1;
+  const int64_t tile_sums = int64_t(p.taps()) * p.learned * TILE;
+  const int images = block_images(p), last = item.first_image + item.images;
+  for (int n = item.first_image; n < last; n += images) {
     for (int row = 0; row < p.out_height; row += block_rows(p)) {
       for (int column = 0; column < p.out_width; column += block_columns(p)) {
-        const Block b = block_at(p, row, column);
-        pack(p, item, b, image, scratch);
-        const float* g = grad_image + (int64_t(row) * p.out_width + column) * p.learned;
-        const Walk walk = {b.rows,
-                           b.columns,
-                           int64_t(p.stride_h) * b.input_columns * TILE,
-                           int64_t(p.stride_w) * TILE,
-                           int64_t(p.out_width) * p.learned,
-                           p.learned};
-        for (int tap = 0; tap < p.taps(); ++tap) {
-          const int r = tap / p.kernel_w, s = tap % p.kernel_w;
-          const float* x = scratch + (int64_t(r) * p.dilation_h * b.input_columns + s * p.dilation_w) * TILE;
-          // The filters in parts of nearly equal size.
-          for (int part = 0; part < parts; ++part) {
-            const int begin = p.learned * part / parts, end = p.learned * (part + 1) / parts;
-            table.of[end - begin - 1](walk, x, g + begin, sums + (int64_t(tap) * p.learned + begin) * TILE);
+        const Block b = block_at(p, n, smaller(images, last - n), row, column);
+        float* to = sums;
+        for (int c = 0; c < item.channels; c += TILE, to += tile_sums) {
+          const int channels = smaller(TILE, item.channels - c);
+          const float* from = input + (item.first_channel + c) * p.input_stride[1];
+          if (in_place && channels == TILE) {
+            const Steps steps = {p.input_stride[0], p.input_stride[2], p.input_stride[3]};
+            correlate_tile(p, b, from + n * steps.image + b.top * steps.row + b.left * steps.column, steps, gradient,
+                           to);
+          } else {
+            const Steps steps = {int64_t(b.input_rows) * b.input_columns * TILE, int64_t(b.input_columns) * TILE, TILE};
+            pack(p, b, channels, from, scratch);
+            correlate_tile(p, b, scratch, steps, gradient, to);
           }
         }
       }

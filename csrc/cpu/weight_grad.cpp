@@ -32,8 +32,8 @@ const Code* const* codes() {
 
 namespace {
 
-// So many items keep a large machine busy; a split costs a sum more.
-constexpr int ITEMS = 64;
+// So many items keep a large machine busy; a split costs a sum more, and one of all channels a larger one.
+constexpr int ITEMS = 64, WIDE_ITEMS = 16;
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -68,25 +68,30 @@ void weight_grad(const Code& code, const Problem& p, const float* input, const f
   run(threads, p.batch,
       [&](int64_t n, int) { gather_image(p, int(n), grad_output, filters, gradient.get() + n * image); });
 
+  // With one tap, an item is all channels of some images where there are enough of these: it reads memory in order.
   const int64_t tiles = divide_up(p.channels, code.tile);
-  const int64_t splits = std::clamp<int64_t>(ITEMS / tiles, 1, std::max(p.batch, 1));
+  const bool wide = p.taps() == 1 && p.batch >= WIDE_ITEMS;
+  const int64_t tiles_each = wide ? tiles : 1, shares = tiles / tiles_each;
+  const int64_t splits = std::clamp<int64_t>((wide ? WIDE_ITEMS : ITEMS) / shares, 1, std::max(p.batch, 1));
   const int64_t sums = int64_t(p.taps()) * p.learned * code.tile, scratch = code.scratch_floats(p);
-  const Floats partial = allocate(tiles * splits * sums), scratches = allocate(threads * scratch);
-  run(threads, tiles * splits, [&](int64_t i, int thread) {
+  const Floats partial = allocate(splits * tiles * sums), scratches = allocate(threads * scratch);
+  run(threads, shares * splits, [&](int64_t i, int thread) {
     // Tiles of the same images follow each other: neighbouring channels share what the caches fetch.
-    const int64_t tile = i % tiles, split = i / tiles;
+    const int64_t tile = i % shares * tiles_each, split = i / shares;
     const int first = int(p.batch * split / splits), end = int(p.batch * (split + 1) / splits);
     const int channel = int(tile * code.tile);
-    const Item item = {first, end - first, channel, std::min(code.tile, p.channels - channel)};
-    float* to = partial.get() + (tile * splits + split) * sums;
-    std::fill_n(to, sums, 0.0f);
+    const Item item = {first, end - first, channel,
+                       int(std::min(code.tile * tiles_each, p.channels - int64_t(channel)))};
+    float* to = partial.get() + (split * tiles + tile) * sums;
+    std::fill_n(to, tiles_each * sums, 0.0f);
     code.correlate(p, item, input, gradient.get(), scratches.get() + thread * scratch, to);
   });
 
   run(threads, tiles, [&](int64_t tile, int) {
-    float* total = partial.get() + tile * splits * sums;
+    float* total = partial.get() + tile * sums;
     for (int64_t split = 1; split < splits; ++split) {
-      for (int64_t i = 0; i < sums; ++i) total[i] += total[split * sums + i];
+      const float* other = total + split * tiles * sums;
+      for (int64_t i = 0; i < sums; ++i) total[i] += other[i];
     }
     const int channel = int(tile * code.tile), channels = std::min(code.tile, p.channels - channel);
     for (int tap = 0; tap < p.taps(); ++tap) {

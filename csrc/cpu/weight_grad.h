@@ -14,13 +14,13 @@ struct Problem {
   int taps() const { return kernel_h * kernel_w; }
 };
 
-// One step of the work: some images' share of the gradient, for one tile of channels.
+// One step of the work: some images' share of the gradient, for one tile of channels or several.
 struct Item {
   int first_image, images;
-  int first_channel, channels;  // fewer than a tile at the end
+  int first_channel, channels;  // the last tile may hold fewer
 };
 
-// The code of one instruction set. `gradient` is (N, P, Q, Kt), `sums` (taps, Kt, tile) and all zero before;
+// The code of one instruction set. `gradient` is (N, P, Q, Kt), `sums` (tiles, taps, Kt, tile) and all zero before;
 // `scratch` holds `scratch_floats`.
 struct Code {
   const char* name;

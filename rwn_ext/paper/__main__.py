@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from rwn_ext.convert import NORMS
 from rwn_ext.paper import data, networks
+from rwn_ext.paper.heap import keep_freed_memory
 from rwn_ext.paper.networks import NAMES
 from rwn_ext.paper.schedules import Schedule, schedule_of
 from rwn_ext.paper.training import AMP_DTYPES, CHECKPOINT, OPTIMIZERS, Config, Diverged, Ranks, Run, read_checkpoint
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not all(map(importlib.util.find_spec, options.needs)):
         return _fail("the programs need a few more packages: pip install 'rwn_ext[paper]'")
+    keep_freed_memory()
     return options.program(options)
 
 
