@@ -13,7 +13,7 @@ def affine_relu_backward(grad: Tensor, input: Tensor, scale: Tensor, shift: Tens
     """Writes `grad` where relu(input * scale + shift), rounded to the input's type, is positive, else 0, into `out`.
 
     `grad`, `input` and `out` are (N, C, H, W) and dense in the same memory format; `scale` and `shift` float32 (C,).
-    What a prologue of the weight gradient makes of `input` is positive at the very same places.
+    What a prologue of the weight gradient in this folder makes of `input` is positive at the very same places.
     """
     channels_fastest = input.stride(1) == 1
     affine_relu_backward_kernel[(triton.cdiv(input.numel(), BLOCK),)](

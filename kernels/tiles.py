@@ -65,7 +65,9 @@ def shape(block_channels: int, block_columns: int, operands: Operands, arch: int
     """
     tile = block_channels * block_columns
     if operands.element_size == 4:
-        return Shape(32, block_channels, block_columns, 4, 3, block_columns > 32)
+        # Sums of plain multiply-adds, beside what a prologue of contiguous images holds, need the registers of 8 warps.
+        full = operands.prologue and not operands.channels_last and (block_channels, block_columns) == (64, 32)
+        return Shape(32, block_channels, block_columns, 8 if full else 4, 3, block_columns > 32)
     on_m = not operands.prologue if arch >= 90 else not operands.channels_last
     # Exceptions that keep every value in a register (checked ahead of time).
     if block_columns == 64 and block_channels >= 64 and (arch >= 100 or (arch < 90 and operands.prologue)):

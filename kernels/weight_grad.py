@@ -316,6 +316,7 @@ def _correlate(
         STILL_ON_M=shape.still_on_m, PROLOGUE=correlation.affine is not None, HAS_ROWS=slots.rows is not None,
         HAS_BIAS=bias is not None, FINISH=finish, PRECISION=precision, INTERPRETED=INTERPRETED,
         num_warps=shape.num_warps, num_stages=shape.num_stages, **_fusion(correlation.affine),
+        **_registers(bias, operands),
     )  # fmt: skip
     if finish == PARTIALS:
         _sum_splits(partials, out, bias, plan.splits, channels, slots, correlation.kernel_size, out_strides)
@@ -428,6 +429,13 @@ def _nhwc(tensor: Tensor) -> tuple[int, int, int, int]:
     """Strides in the order of a kernel's arguments."""
     n, c, h, w = tensor.stride()
     return n, h, w, c
+
+
+def _registers(bias: Tensor | None, operands: tiles.Operands) -> dict[str, int]:
+    """All that a thread can have where ptxas would put a few values into memory to let more programs share a
+    multiprocessor than there are."""
+    crowded = bias is not None or (operands.prologue and not operands.channels_last)
+    return {"maxnreg": 255} if crowded else {}
 
 
 def _fusion(affine: Affine | None) -> dict[str, bool]:

@@ -96,7 +96,7 @@ def test_a_slice_of_the_matrix_keeps_its_contract():
 VARIANTS = {
     "plain": {}, "affine": {"affine": True}, "nchw": {"channels_last": False}, "last block": {"last_block": True},
 }  # fmt: skip
-# Of these, bfloat16 tells for float16 and one float32 for the others with tensor cores.
+# Beside the number formats above, these are told by bfloat16 and by plain multiply-adds, which need the most registers.
 FURTHER = {
     "affine nchw": {"affine": True, "channels_last": False}, "bias last block": {"bias": True, "last_block": True},
 }  # fmt: skip
@@ -106,7 +106,7 @@ FURTHER = {
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [*product(VARIANTS, DTYPES), *product(FURTHER, ("bf16", "tf32", "ieee"))],
+    [*product(VARIANTS, DTYPES), *product(FURTHER, ("bf16", "ieee"))],
 )
 def test_every_shipped_configuration_keeps_its_contract(variant: str, dtype: str, arch: int):
     case = {**LARGE, **(VARIANTS | FURTHER)[variant], "arch": arch, "dtype": dtype}
