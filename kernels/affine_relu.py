@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,10 +19,11 @@ def affine_relu_backward(grad: Tensor, input: Tensor, scale: Tensor, shift: Tens
     What a prologue of the weight gradient in this folder makes of `input` is positive at the very same places.
     """
     channels_fastest = input.stride(1) == 1
-    affine_relu_backward_kernel[(triton.cdiv(input.numel(), BLOCK),)](
-        grad, input, scale, shift, out, input.numel(), input.size(1), input.size(2) * input.size(3),
-        CHANNELS_FASTEST=channels_fastest, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device(input.device) if input.is_cuda else nullcontext():
+        affine_relu_backward_kernel[(triton.cdiv(input.numel(), BLOCK),)](
+            grad, input, scale, shift, out, input.numel(), input.size(1), input.size(2) * input.size(3),
+            CHANNELS_FASTEST=channels_fastest, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 

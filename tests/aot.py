@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from rwn_ext.kernels import tiles
+from rwn_ext.kernels import affine_relu, tiles
 from rwn_ext.kernels import weight_grad as launcher
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -77,6 +77,9 @@ def launches(case: dict[str, Any]) -> list[tuple[JITFunction, tuple, dict]]:
     if "block" in case:
         tiles.cut = lambda *args, **kwargs: _with_block(cut(*args, **kwargs), *case["block"], case, dtype)
     try:
+        if case["family"] == "affine_relu":
+            affine_relu.affine_relu_backward(x, x, *affine, out=x)
+            return recorded
         launcher._launch(
             case["family"], grad_output, x, filters, geometry, out, bias, affine, precision,
             case.get("last_block", False),

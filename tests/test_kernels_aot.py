@@ -30,6 +30,8 @@ SLICE = [
     {**LARGE, "arch": 80, "dtype": "tf32"},
     {**LARGE, "arch": 90, "dtype": "ieee", "last_block": True},
     {**LARGE, "arch": 90, "family": "depthwise", "groups": 128, "runs": [64, 128]},
+    {**LARGE, "arch": 90, "family": "affine_relu", "affine": True},
+    {**LARGE, "arch": 80, "family": "affine_relu", "affine": True, "channels_last": False},
     # Few filters are loaded whole too.
     {**LARGE, "arch": 90, "family": "depthwise", "groups": 128, "runs": [64, 72]},
 ]
@@ -64,6 +66,9 @@ def assert_contract(case: dict, launches: list[dict]) -> None:
     for launch in launches:
         assert launch["spill"] == 0 and launch["stack"] == 0, launch
         assert launch["shared"] <= SHARED_LIMIT[case["arch"]], launch
+    if case["family"] == "affine_relu":
+        assert by_kernel["affine_relu_backward_kernel"]["load16"] >= 2, by_kernel
+        return
     if case["family"] == "depthwise":
         assert by_kernel["depthwise_kernel"]["ffma"], by_kernel
         assert not case.get("channels_last", True) or by_kernel["depthwise_kernel"]["load16"], by_kernel

@@ -70,9 +70,9 @@ class Needs(NamedTuple):
 class BlockFunction(torch.autograd.Function):
     """`y = dropout(activation(norm(cat(pieces, 1))))` to `(*(conv(y) for conv in convs), y)`, y only if asked for.
 
-    Kept for backward is either the input, from which backward makes y again by the very calls of forward, unless its
-    kernels can do without (`_affine`); or, of y, the channels that learned weights see and one bit an element of the activation's derivative (`keeps_input` chooses).
-    Dropout keeps one bit an element.
+    Kept for backward is either the input, from which backward makes y again by the very calls of forward, where its
+    kernels do not do without (`_affine`); or, of y, the channels that learned weights see and one bit an element of the
+    activation's derivative (`keeps_input` chooses). Dropout keeps one bit an element.
     """
 
     @staticmethod
