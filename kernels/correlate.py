@@ -31,7 +31,8 @@ def correlate_kernel(
     R: tl.constexpr, S: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     DENSE_ROWS: tl.constexpr, STILL_ON_M: tl.constexpr, PROLOGUE: tl.constexpr, HAS_ROWS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, FINISH: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_BIAS: tl.constexpr, FINISH: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, channel blocks, groups * splits): neighbours share their pixels of `still` through L2.
 
@@ -61,16 +62,16 @@ def correlate_kernel(
     if HAS_BIAS:
         stride_split += groups * DEPTH
         # By one of the programs that share these pixels; before the product, which leaves no registers free.
-        inside_bias = offs_col < tl.where(tl.program_id(1) == 0, DEPTH, 0)
+        offs_b = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_BIAS)
+        inside_bias = offs_b < tl.where(tl.program_id(1) == 0, DEPTH, 0)
         sums = _sum_moved(
-            moved_ptr + bias_tap * UNIT, offs_col, inside_bias, first, tl.minimum(first + split_pixels, pixels), image,
-            width, moved_n, moved_h, moved_w, DEPTH, UNIT, BLOCK_COLUMNS,
+            moved_ptr + bias_tap * UNIT, offs_b, inside_bias, first, tl.minimum(first + split_pixels, pixels), image,
+            width, moved_n, moved_h, moved_w, DEPTH, UNIT, BLOCK_COLUMNS, BLOCK_BIAS,
         )  # fmt: skip
-        bias_element = size + group * DEPTH + offs_col
         if FINISH == ONLY_SPLIT:
-            _store_bias(bias_ptr, sums, group * DEPTH + offs_col, inside_bias, rows_ptr, valid, DEPTH, HAS_ROWS)
+            _store_bias(bias_ptr, sums, group * DEPTH + offs_b, inside_bias, rows_ptr, valid, DEPTH, HAS_ROWS)
         else:
-            tl.store(partials_ptr + split * stride_split + bias_element, sums, mask=inside_bias)
+            tl.store(partials_ptr + split * stride_split + size + group * DEPTH + offs_b, sums, mask=inside_bias)
 
     if STILL_ON_M:
         acc = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), tl.float32)
@@ -133,21 +134,26 @@ def correlate_kernel(
                 HAS_ROWS,
             )  # fmt: skip
             if HAS_BIAS:
-                sums = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+                sums = tl.zeros((BLOCK_BIAS,), tl.float32)
                 for i in range(splits):
-                    split_ptr = partials_ptr + i * stride_split
-                    sums += tl.load(split_ptr + bias_element, mask=inside_bias, other=0.0, cache_modifier=".cg")
-                _store_bias(bias_ptr, sums, group * DEPTH + offs_col, inside_bias, rows_ptr, valid, DEPTH, HAS_ROWS)
+                    split_ptr = partials_ptr + i * stride_split + size
+                    sums += tl.load(
+                        split_ptr + group * DEPTH + offs_b, mask=inside_bias, other=0.0, cache_modifier=".cg"
+                    )
+                _store_bias(bias_ptr, sums, group * DEPTH + offs_b, inside_bias, rows_ptr, valid, DEPTH, HAS_ROWS)
 
 
 @triton.jit
 def _sum_moved(
     moved_ptr, offs_b, inside, first, last, image, width, moved_n, moved_h, moved_w,
-    DEPTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the channels `offs_b` that are `inside` over the pixels from `first` to `last`."""
-    BLOCK_PIXELS: tl.constexpr = 16
-    acc = tl.zeros((BLOCK_PIXELS, BLOCK_COLUMNS), tl.float32)
+    """The sums of the channels `offs_b` that are `inside` over the pixels from `first` to `last`.
+
+    In few steps of many loads: nothing hides how long one takes.
+    """
+    BLOCK_PIXELS: tl.constexpr = 4096 // BLOCK_BIAS
+    acc = tl.zeros((BLOCK_PIXELS, BLOCK_BIAS), tl.float32)
     if (tl.program_id(1) == 0) & (tl.program_id(0) * BLOCK_COLUMNS < DEPTH):
         for start in range(first, last, BLOCK_PIXELS):
             pixel = start + tl.arange(0, BLOCK_PIXELS)

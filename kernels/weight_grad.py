@@ -221,18 +221,9 @@ def _pointwise(
         start, (n, h, w) = 0, moved.stride()[:3]
     out_strides = (out.stride(1), out.stride(0), 0, 0)
     return _Correlation(
-        visited,
-        out.size(1),
-        moved,
-        fill,
-        start,
-        (n, h, w, 0, 0, slots.depth),
-        (1, 1),
-        slots,
-        out_strides,
-        affine,
+        visited, out.size(1), moved, fill, start, (n, h, w, 0, 0, slots.depth), (1, 1), slots, out_strides, affine,
         (0, 0),
-    )
+    )  # fmt: skip
 
 
 _CORRELATIONS = {"stationary": _stationary, "swapped": _swapped, "pointwise": _pointwise}
@@ -314,7 +305,8 @@ def _correlate(
         *out_strides, R=r, S=s, DEPTH=slots.depth, UNIT=unit, BLOCK_PIXELS=shape.block_pixels,
         BLOCK_CHANNELS=shape.block_channels, BLOCK_COLUMNS=shape.block_columns, DENSE_ROWS=h == w * width,
         STILL_ON_M=shape.still_on_m, PROLOGUE=correlation.affine is not None, HAS_ROWS=slots.rows is not None,
-        HAS_BIAS=bias is not None, FINISH=finish, PRECISION=precision, INTERPRETED=INTERPRETED,
+        HAS_BIAS=bias is not None, BLOCK_BIAS=min(triton.next_power_of_2(slots.depth), shape.block_columns),
+        FINISH=finish, PRECISION=precision, INTERPRETED=INTERPRETED,
         num_warps=shape.num_warps, num_stages=shape.num_stages, **_fusion(correlation.affine),
         **_registers(bias, operands),
     )  # fmt: skip
