@@ -273,6 +273,9 @@ def _correlate(
     operands = tiles.Operands(still.element_size(), still.stride(1) == 1, correlation.affine is not None)
     plan = tiles.cut(pixels, channels, columns, slots.groups, operands, multiprocessors=multiprocessors, arch=arch)
     shape, grid = plan.shape, tiles.grid(plan, channels, columns, slots.groups)
+    if bias is not None and (shape.block_channels, shape.block_columns) == (32, 256):
+        # Its sums beside the bias' do not fit into the registers of 4 warps.
+        shape = shape._replace(num_warps=8)
     finish = ONLY_SPLIT if plan.splits == 1 else PARTIALS
     if last_block is None:
         last_block = tiles.sums_itself(plan, channels, columns, slots.groups, zeroed=correlation.fill is not None)
