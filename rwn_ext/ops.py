@@ -219,7 +219,10 @@ def conv2d_grads(
     geometry = (kernel_size, stride, padding, dilation, groups)
     if not _watched() and scale is None:
         layout = memory_format(input)
-        if _plan_of(grad_output, input, filters, *geometry, algorithm).implementation is _full:
+        planned = _plan_of(grad_output, input, filters, *geometry, algorithm)
+        if planned.implementation is _full and not _overruns(
+            input.size(1) // groups, kernel_size, stride, input.device
+        ):
             grad_input, whole, _ = torch.ops.aten.convolution_backward.default(
                 grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, True, False)
             )
@@ -620,9 +623,29 @@ def _library_weight_grad(grad_output: Tensor, input: Tensor, p: Problem, groups:
     """The weight gradient as cuDNN or oneDNN computes it, of all the filters of this `grad_output`."""
     # Only the sizes of the weight are looked at: one element stands for all.
     weight = input.new_empty(()).expand(grad_output.size(1), input.size(1) // groups, *p.kernel_size)
+    input, stride = visited(input, p.kernel_size, p.stride, p.padding, groups)
     return torch.ops.aten.convolution_backward.default(
-        grad_output, input, weight, None, p.stride, p.padding, p.dilation, False, (0, 0), groups, (False, True, False)
+        grad_output, input, weight, None, stride, p.padding, p.dilation, False, (0, 0), groups, (False, True, False)
     )[1]
+
+
+def visited(input: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, groups: int) -> tuple[Tensor, Pair]:
+    """Input and stride of the same convolution with strided 1x1 filters, without the pixels that they skip.
+
+    Only where the library cannot be given the whole (`_overruns`); elsewhere input and stride as they are.
+    """
+    if padding != (0, 0) or not _overruns(input.size(1) // groups, kernel_size, stride, input.device):
+        return input, stride
+    return input[:, :, :: stride[0], :: stride[1]], (1, 1)
+
+
+def _overruns(channels: int, kernel_size: Pair, stride: Pair, device: torch.device) -> bool:
+    """Whether oneDNN's weight gradient may write beyond its memory.
+
+    In version 3.12 it does, with AVX2, for strided 1x1 filters of 2 to 7 channels, channels_last; plain `nn.Conv2d`
+    crashes alike. Twice as many channels are spared for wider vectors.
+    """
+    return device.type == "cpu" and kernel_size == (1, 1) and stride != (1, 1) and channels < 16
 
 
 def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
