@@ -21,9 +21,11 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	mkdir -p $(RESULTS)
-	$(VENV)/bin/python -m pytest bench -q $(if $(QUICK),--quick) $(if $(COMPILED),--compiled) --benchmark-columns=median,iqr --benchmark-disable-gc \
+	$(VENV)/bin/python -m pytest bench -q $(if $(QUICK),--quick,--compiled) --benchmark-columns=median,iqr --benchmark-disable-gc \
 		--benchmark-json=$(RESULTS)/bench.json
-	$(VENV)/bin/python -m bench.bench_kernels $(RESULTS) || test $$? = 3
+	# it would continue what was measured before
+	rm -f $(RESULTS)/kernels.json
+	$(VENV)/bin/python -m bench.bench_kernels $(RESULTS) $(if $(QUICK),--budget 2) || test $$? = 3
 	$(VENV)/bin/python -m bench.report $(RESULTS)
 
 lint: $(VENV)/installed-lint

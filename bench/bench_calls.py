@@ -10,37 +10,41 @@ import pytest
 import torch
 from torch import nn
 
-from bench.competitors import FROZEN, OURS, PLAIN, SLICED, WAYS
+from bench.competitors import FROZEN, PLAIN, SLICED, WAYS, rivals
 from bench.conftest import DEVICE
 from bench.group import Group
-from rwn_ext.paper.timing import interleaved
+from bench.oracle import LayerOracle
+from bench.turns import Effort, in_turns
 
-CALLS, ROUNDS = 100, 41
-ROWS = (PLAIN, SLICED, OURS, FROZEN)
+CALLS, EFFORT = 100, Effort(8, least=41, most=41)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", WAYS)
 @pytest.mark.parametrize("size", (1, 3), ids=("1x1", "3x3"))
-def test_call(record, rounds, size, row):
-    record(measured(size, rounds(ROUNDS)), row)
+def test_call(record, effort, size, row):
+    record(measured(size, effort(EFFORT)), row)
 
 
 @lru_cache(maxsize=1)
-def measured(size: int, rounds: int) -> Group:
+def measured(size: int, effort: Effort) -> Group:
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 8, size, padding=size // 2, bias=False).to(DEVICE)
     x = torch.randn(1, 8, 4, 4, device=DEVICE, requires_grad=True)
     cotangent = torch.randn_like(x)
+    oracle = LayerOracle(conv, x, cotangent)
 
     def run(module: nn.Module) -> None:
         for _ in range(CALLS):
             module(x).backward(cotangent)
 
-    modules = {row: WAYS[row](conv, 1) for row in ROWS}
+    modules = {row: way(conv, 1) for row, way in WAYS.items()}
+    for row, module in modules.items():
+        oracle.check(row, module, 0 if row == FROZEN else 1)
     with one_thread():
-        seconds = interleaved({row: lambda m=module: run(m) for row, module in modules.items()}, rounds)
+        seconds = in_turns({row: lambda m=module: run(m) for row, module in modules.items()}, effort)
     case = {"layer": f"8 to 8 filters {size}x{size} on 4x4", "calls": CALLS}
-    return Group("call", f"{size}x{size}", case, seconds, (PLAIN, SLICED))
+    named = {row: others for row in modules if (others := rivals(row, modules))}
+    return Group("call", f"{size}x{size}", case, seconds, (PLAIN, SLICED), rivals=named)
 
 
 @contextmanager

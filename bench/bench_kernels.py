@@ -1,6 +1,6 @@
 """Weight gradients alone, of layers of common networks: PyTorch's own ways, each of our kernels, the planner's choice.
 
-    python -m bench.bench_kernels FOLDER           bf16 channels_last at p = 1, 10 and 50 %; on a CPU a few small layers
+    python -m bench.bench_kernels FOLDER           bf16 channels_last at p = 1, 10, 50 %; on a CPU small ones
     python -m bench.bench_kernels FOLDER --full    every layer, part, layout and number format
     python -m bench.bench_kernels FOLDER --curve   gather + wgrad alone, of 1 to 128 filters, for bench.fit_costs
 
@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.competitors import OURS
-from bench.group import COMPILED_SLICE, GATHERED, PLAIN_GRADIENTS, WHOLE, Group
+from bench.group import COMPILED_SLICE, GATHERED, PLAIN_GRADIENTS, SLICED_GRADIENT, WHOLE, Group
 from bench.growing import GrowingResults
 from bench.layers import CPU_LAYERS, GPU_LAYERS, Layer, tolerance
 from bench.rates import rates
 from bench.results import ResultsError
 from rwn_ext import ops, planner
 from rwn_ext.describe import table
+from rwn_ext.paper.heap import keep_freed_memory
 from rwn_ext.paper.timing import synchronized_clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,9 +134,9 @@ def selection(full: bool = False, curve: bool = False, device: str = DEVICE) -> 
             for learned in CURVE
             if learned <= layers[name].k
         ]
-    parts = {"cuda": (0.01, 0.1, 0.5), "cpu": (0.1,)}[device]
+    parts = {"cuda": (0.01, 0.1, 0.5), "cpu": (0.05, 0.1, 0.4)}[device]
     if full:
-        parts = {"cuda": (0.01, 0.05, 0.1, 0.25, 0.5, 1.0), "cpu": (0.05, 0.1, 0.4)}[device]
+        parts = {"cuda": (0.01, 0.05, 0.1, 0.25, 0.5, 1.0), "cpu": (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)}[device]
     cases = [
         Case(
             name, layer, max(1, int(layer.k * part)), part, layout, number,
@@ -177,6 +178,8 @@ def contenders(case: Case) -> dict[str, Way]:
         )
 
     ways: dict[str, Way] = {WHOLE: wgrad, GATHERED: gathered}
+    if DEVICE == "cpu":
+        ways[SLICED_GRADIENT] = sliced
     if case.compiled:
         torch.compiler.reset()  # it stops compiling what it compiled often
         ways[COMPILED_SLICE] = torch.compile(sliced, dynamic=False)
@@ -187,7 +190,7 @@ def contenders(case: Case) -> dict[str, Way]:
 
 def kernels(problem: planner.Problem) -> list[str]:
     """Our algorithms that do not call the library's convolution."""
-    own = {name for members in planner.FAMILIES.values() for name in members} | {"matmul", "unfold"}
+    own = {name for members in planner.FAMILIES.values() for name in members} | {"matmul", "unfold", "direct"}
     # Unfolding by aten is made for CPUs, and takes more memory than a GPU has.
     return [n for n in planner.candidates(problem) if n in own and (problem.device == "cpu" or n != "unfold")]
 
@@ -362,6 +365,7 @@ def summary(content: Mapping[str, Any]) -> str:
         "learned",
         "full us",
         "gather us",
+        "sliced us",
         "compiled us",
         "best kernel us",
         "planned us",
@@ -401,6 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--earlier", type=Path, metavar="FOLDER", help="results to continue from, if not FOLDER's own")
     options = parser.parse_args(arguments)
+    keep_freed_memory()
     name = "curve.json" if options.curve else "kernels.json"
     try:
         results = GrowingResults(

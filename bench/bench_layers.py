@@ -5,24 +5,26 @@ The layers are those of the papers and of common networks; small ones on a CPU.
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bench.competitors import FROZEN, LORA, OURS, PLAIN, SLICED, WAYS, learned_gradient
+from bench.competitors import FROZEN, LORA, OURS, PLAIN, SLICED, WAYS, rivals
 from bench.conftest import DEVICE, DTYPE, marks
+from bench.floors import convolution_floor
 from bench.group import Group
-from bench.layers import CPU_LAYERS, GPU_LAYERS, tolerance
-from bench.rates import convolution_floor, rates
-from rwn_ext.paper.timing import interleaved, synchronized_clock
+from bench.layers import CPU_LAYERS, GPU_LAYERS
+from bench.oracle import LayerOracle
+from bench.rates import rates
+from bench.turns import Effort, in_turns
+from rwn_ext.paper.timing import synchronized_clock
 from rwn_ext.report import saved_for_backward
 
 LAYERS = GPU_LAYERS if DEVICE == "cuda" else CPU_LAYERS
 PARTS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0) if DEVICE == "cuda" else (0.05, 0.1, 0.4, 1.0)
-ROUNDS = 41 if DEVICE == "cuda" else 15
+EFFORT = Effort(8, least=41, most=41) if DEVICE == "cuda" else Effort(1.5, most=21)
 # Compiling takes long, so it is done for a few.
 COMPILED = {f"compiled {way}": way for way in (PLAIN, OURS)}
 CASES = [(name, part) for name in LAYERS for part in PARTS]
@@ -38,13 +40,12 @@ def rows(name: str, part: float) -> tuple[str, ...]:
     ("name", "part", "way"),
     [pytest.param(*case, way, marks=marks(case in QUICK, way in COMPILED)) for case in CASES for way in rows(*case)],
 )
-def test_layer(record, rounds, request, name, part, way):
-    compiled = request.config.option.compiled
-    record(measured(name, part, rounds(ROUNDS), compiled), way)
+def test_layer(record, effort, request, name, part, way):
+    record(measured(name, part, effort(EFFORT), request.config.option.compiled), way)
 
 
 @lru_cache(maxsize=1)
-def measured(name: str, part: float, rounds: int, compiled: bool) -> Group:
+def measured(name: str, part: float, effort: Effort, compiled: bool) -> Group:
     """All ways in turn, after they have been found to compute what they should."""
     torch.manual_seed(0)
     layer, dtype = LAYERS[name], DTYPE
@@ -58,7 +59,13 @@ def measured(name: str, part: float, rounds: int, compiled: bool) -> Group:
         module = WAYS[COMPILED.get(way, way)](conv, learned)
         modules[way] = torch.compile(module) if way in COMPILED else module  # type: ignore[assignment]
     cotangent = torch.randn_like(conv(x))
-    kept = {way: _checked(module, conv, x, cotangent, learned, way) for way, module in modules.items()}
+    oracle = LayerOracle(conv, x, cotangent)
+    kept: dict[str, int] = {}
+    for way, module in modules.items():
+        oracle.check(way, module, 0 if way == FROZEN else learned)
+        with saved_for_backward(module) as saved:
+            module(x)
+        kept[way] = saved.bytes
     forward: dict[str, list[float]] = {way: [] for way in modules}
 
     def run(way: str) -> None:
@@ -69,8 +76,8 @@ def measured(name: str, part: float, rounds: int, compiled: bool) -> Group:
         forward[way].append(synchronized_clock() - started)
         output.backward(cotangent)
 
-    seconds = interleaved({way: lambda w=way: run(w) for way in modules}, rounds)
-    forward = {way: times[-rounds:] for way, times in forward.items()}
+    seconds = in_turns({way: lambda w=way: run(w) for way in modules}, effort)
+    forward = {way: times[-len(seconds[way]) :] for way, times in forward.items()}
     backward = {way: [a - b for a, b in zip(seconds[way], forward[way], strict=True)] for way in modules}
     sizes = (tuple(x.shape), tuple(conv.weight.shape), tuple(cotangent.shape))
     share = {PLAIN: layer.k, FROZEN: 0}
@@ -81,25 +88,6 @@ def measured(name: str, part: float, rounds: int, compiled: bool) -> Group:
     }
     return Group(
         "layer", name, {"N,C,H,K,R,stride": ",".join(map(str, layer)), "p": part, "learned": f"{learned}/{layer.k}"},
-        seconds, (PLAIN, SLICED), {"forward": forward, "backward": backward}, kept, floor,
+        seconds, (PLAIN, SLICED), {"forward": forward, "backward": backward}, kept, floor=floor,
+        rivals={way: others for way in modules if (others := rivals(way, modules))},
     )  # fmt: skip
-
-
-def _checked(module: nn.Module, conv: nn.Conv2d, x: Tensor, cotangent: Tensor, learned: int, way: str) -> int:
-    """Compares output and gradients with the dense convolution in float64; returns the bytes kept for backward."""
-    x.grad = None
-    with saved_for_backward(module) as saved:
-        output = module(x)
-    output.backward(cotangent)
-    exact, exact_x = copy.deepcopy(conv).double().requires_grad_(), x.detach().double().requires_grad_()
-    expected = exact(exact_x)
-    expected.backward(cotangent.double())
-    pairs = {"output": (output, expected), "grad_input": (x.grad, exact_x.grad)}
-    gradient = None if way == FROZEN else learned_gradient(getattr(module, "_orig_mod", module), learned)
-    if gradient is not None:
-        pairs["grad_weight"] = (gradient, exact.weight.grad[-learned:])
-    allowed = tolerance(torch.finfo(x.dtype).eps, expected.numel() // expected.size(1))
-    for what, (ours, reference) in pairs.items():
-        error = (ours.double() - reference).norm() / reference.norm()
-        assert error <= allowed, f"{what} of {way} is off by {error}"
-    return saved.bytes

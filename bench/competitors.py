@@ -6,7 +6,8 @@ one and LoRA learn the same weights; LoRA learns as many.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from bench.group import PLAIN
 from rwn_ext import PartialConv2d
 
-OURS, FROZEN, SLICED, LORA = "rwn_ext", "all frozen (p = 0)", "sliced aten", "LoRA"
+OURS, LEAN, FROZEN = "rwn_ext", "rwn_ext lean", "all frozen (p = 0)"
+SLICED, LORA = "sliced aten", "LoRA"
+CHECKPOINTED, MEMSAVE = "checkpointed nn.Conv2d", "memsave_torch, all frozen"
 
 
 def plain(conv: nn.Conv2d, learned: int) -> nn.Module:
@@ -41,44 +44,56 @@ class SplitCat(nn.Module):
         self.register_buffer("fixed", fixed.clone(memory_format=torch.preserve_format))
         self.learned = nn.Parameter(own.clone(memory_format=torch.preserve_format))
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
-        self.stride, self.padding = conv.stride, conv.padding
+        self.stride, self.padding, self.groups = conv.stride, conv.padding, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, torch.cat([self.fixed, self.learned]), self.bias, self.stride, self.padding)
+        weight = torch.cat([self.fixed, self.learned])
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """A checkpoint is nn.Conv2d's."""
+        destination[f"{prefix}weight"] = torch.cat([self.fixed, self.learned.detach()])
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
 
 class _SlicedFunction(torch.autograd.Function):
-    """Slices grad_output before asking aten for the weight gradient: what one writes in an afternoon."""
+    """Slices grad_output before asking aten for the weight gradient: what one writes in an afternoon.
+
+    Groups are one, or as many as input channels and filters: of these the input is sliced, too.
+    """
 
     @staticmethod
-    def forward(ctx, x, fixed, learned, bias, stride, padding):
+    def forward(ctx, x, fixed, learned, bias, stride, padding, groups):
         weight = torch.cat([fixed, learned])
         ctx.save_for_backward(x, weight)
-        ctx.learned, ctx.stride, ctx.padding = len(learned), stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
+        ctx.learned, ctx.stride, ctx.padding, ctx.groups = len(learned), stride, padding, groups
+        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
         grad_x = grad_learned = grad_bias = None
-        rest = (None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1)
+        rest = (None, ctx.stride, ctx.padding, (1, 1), False, (0, 0))
         if ctx.needs_input_grad[0]:
             mask = (True, False, False)
-            grad_x = torch.ops.aten.convolution_backward(grad_output, x, weight, *rest, mask)[0]
+            grad_x = torch.ops.aten.convolution_backward(grad_output, x, weight, *rest, ctx.groups, mask)[0]
         if ctx.needs_input_grad[2]:
             mask = (False, True, False)
             own = grad_output[:, -ctx.learned :]
-            grad_learned = torch.ops.aten.convolution_backward(own, x, weight[-ctx.learned :], *rest, mask)[1]
+            seen, groups = (x, 1) if ctx.groups == 1 else (x[:, -ctx.learned :], ctx.learned)
+            own_weight = weight[-ctx.learned :]
+            grad_learned = torch.ops.aten.convolution_backward(own, seen, own_weight, *rest, groups, mask)[1]
         if ctx.needs_input_grad[3]:
             grad_bias = grad_output.sum((0, 2, 3))
-        return grad_x, None, grad_learned, grad_bias, None, None
+        return grad_x, None, grad_learned, grad_bias, None, None, None
 
 
 class Sliced(SplitCat):
     """The sliced gradient as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SlicedFunction.apply(x, self.fixed, self.learned, self.bias, self.stride, self.padding)
+        return _SlicedFunction.apply(x, self.fixed, self.learned, self.bias, self.stride, self.padding, self.groups)
 
 
 class ConvLoRA(nn.Module):
@@ -122,6 +137,22 @@ WAYS: dict[str, Callable[[nn.Conv2d, int], nn.Module]] = {
     OURS: ours,
     FROZEN: frozen,
 }
+OTHERS = tuple(name for name in WAYS if name not in (PLAIN, OURS, FROZEN))
+_DENSE_ONLY = (ConvLoRA,)
+
+
+def rivals(name: str, names: Iterable[str]) -> list[str]:
+    """Who among `names` does what our contender `name` does: the other ways, as compiled and with as much learned, and
+    the plain one. None where `name` is not ours, or learns nothing."""
+    parsed = {n: _NAME.fullmatch(n).groups() for n in names}  # type: ignore[union-attr]
+    form, way, part = parsed[name]
+    if OURS not in way:
+        return []
+    alike = [n for n, (f, w, p) in parsed.items() if f == form and w in OTHERS and p == part]
+    return [n for n, (f, w, p) in parsed.items() if f == form and w == PLAIN and not p] + alike
+
+
+_NAME = re.compile(r"(compiled |captured |)(.*?)( p = [\d.]+|)")
 
 
 def learned_gradient(module: nn.Module, learned: int) -> Tensor | None:
@@ -136,13 +167,21 @@ def learned_gradient(module: nn.Module, learned: int) -> Tensor | None:
 
 
 def with_convolutions(model: nn.Module, way: Callable[[nn.Conv2d, int], nn.Module], part: float) -> nn.Module:
-    """The model, its ungrouped convolutions replaced by `way` with a fraction `part` of their filters learned."""
+    """The model, its convolutions replaced by `way` with a fraction `part` of their filters learned.
+
+    Depthwise ones stay as they are where the way has nothing for them.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            learned = int(child.out_channels * part) if type(child) is nn.Conv2d and child.groups == 1 else 0
-            if learned:
-                setattr(parent, name, way(child, learned))
+            if type(child) is nn.Conv2d and (child.groups == 1 or way not in _DENSE_ONLY):
+                learned = count(child, part)
+                setattr(parent, name, way(child, learned) if learned else child.requires_grad_(False))
     return model
+
+
+def count(conv: nn.Conv2d, part: float) -> int:
+    """How many filters a fraction is: as for `PartialConv2d`."""
+    return int(conv.out_channels * part)
 
 
 def _copy(conv: nn.Conv2d) -> nn.Conv2d:

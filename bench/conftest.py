@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,14 @@ import torch
 from bench import machine
 from bench.clock import clock, replay
 from bench.group import Group
+from bench.turns import FEWEST, Effort
 from rwn_ext.paper.heap import keep_freed_memory
 from rwn_ext.report import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-# What every number rests on: the operators and their gradients against float64.
-TESTS = ("tests/test_ops.py", "tests/test_autograd.py")
+# What every number rests on, run side by side: operators, their gradients and lean blocks, all against float64.
+TESTS = (("tests/test_ops.py", "tests/test_cpu.py", "tests/test_lean_block.py"), ("tests/test_autograd.py",))
 _TABLES: dict[str, list[list[str]]] = {}
 
 
@@ -50,12 +54,34 @@ def pytest_collection_finish(session):
     """Numbers of code that computes something else are worth nothing: none are made while the tests are red."""
     option = session.config.option
     if session.items and not (option.collectonly or option.tested):
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", *TESTS], cwd=Path(__file__).parents[1], capture_output=True,
-            text=True,
-        )  # fmt: skip
-        if done.returncode:
-            pytest.exit(f"{done.stdout[-2000:]}\nthe tests above fail, so nothing is measured", done.returncode)
+        failure = failing_tests()
+        if failure is not None:
+            pytest.exit(f"{failure[-2000:]}\nthe tests above fail, so nothing is measured", 1)
+
+
+def failing_tests() -> str | None:
+    """What pytest says of TESTS where one of them fails; the first failure ends all."""
+    with ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in TESTS]
+        running = {
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "pytest", "-q", "-x", *files], cwd=Path(__file__).parents[1], stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            ): log
+            for files, log in zip(TESTS, logs, strict=True)
+        }  # fmt: skip
+        while running:
+            time.sleep(0.1)
+            for process in [process for process in running if process.poll() is not None]:
+                log = running.pop(process)
+                if process.returncode:
+                    for other in running:
+                        other.terminate()
+                    log.seek(0)
+                    return log.read()
+    return None
 
 
 def pytest_benchmark_update_machine_info(machine_info):
@@ -72,6 +98,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         facts = entry["extra_info"]
         entry.clear()
         entry.update(facts, stats=stats)
+    tested = "said to have passed" if config.option.tested else "passed"
+    output_json["tests"] = {"files": [file for files in TESTS for file in files], "outcome": tested}
     output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in machine.COMMIT_FACTS}
 
 
@@ -81,9 +109,9 @@ def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:
 
 
 @pytest.fixture
-def rounds(request) -> Callable[[int], int]:
-    """How many rounds to measure: what is asked for, a few with --quick."""
-    return lambda wanted: 5 if request.config.option.quick else wanted
+def effort(request) -> Callable[[Effort], Effort]:
+    """How long to measure: as long as is asked for, a few rounds with --quick."""
+    return lambda wanted: Effort(0, FEWEST, FEWEST) if request.config.option.quick else wanted
 
 
 @pytest.fixture

@@ -34,9 +34,13 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 480
 """What all stages together may take, without --full."""
 # Those that need no package beyond the four; the others run in `make test`.
-TESTS = ("tests/test_kernels_gpu.py", "tests/test_kernels_api.py", "tests/test_compile.py")
-# Tests compile many kernels, which processes do side by side.
-SHARDS = 8
+TESTS = (
+    "tests/test_kernels_gpu.py", "tests/test_kernels_api.py", "tests/test_kernels_lean.py", "tests/test_compile.py",
+)  # fmt: skip
+# Tests compile many kernels, which processes do side by side; each takes a few hundred megabytes of the GPU.
+SHARDS = min(16, max(4, os.cpu_count() or 1))
+# `make gpu-csrc` needs them.
+BUILD_TOOLS = ("nvcc", "cmake", "ninja")
 NETWORKS = ("wrn-28-10", "resnet-50", "wrn-28-4", "vgg19-bn", "densenet-bc-100-12", "resnet-18")
 PASSED, FAILED, STOPPED = "passed", "FAILED", "stopped"
 
@@ -52,14 +56,14 @@ class Stage:
     """Exit codes that say "not finished", not "wrong"."""
 
 
-def stages(out: Path, full: bool, nvcc: bool) -> list[Stage]:
-    """What is run, in this order."""
+def stages(out: Path, full: bool, csrc: bool) -> list[Stage]:
+    """What is run, in this order; `csrc`: whether its kernels can be compiled here."""
     python = sys.executable
     kernels = (python, "-m", "bench.bench_kernels", str(out))
     test = (python, "-m", "pytest", "-q", *TESTS)
     shards = tuple((*test, f"--shard={i}/{SHARDS}") for i in range(SHARDS))
     plan = [Stage("tests", shards, 7200 if full else 140)]
-    if nvcc:
+    if csrc:
         plan.append(Stage("csrc", (("make", "gpu-csrc"),), 3600 if full else 80))
     budget = () if full else ("--budget", "100")
     plan.append(Stage("kernels", ((*kernels, *(["--full"] if full else []), *budget),), 86400 if full else 115, (3,)))
@@ -165,7 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "gpu"
     out = (options.out or ROOT / "bench" / "results" / name.lower().replace(" ", "-")).absolute()
-    plan = stages(out, options.full, nvcc=shutil.which("nvcc") is not None)
+    missing = [tool for tool in BUILD_TOOLS if shutil.which(tool) is None]
+    plan = stages(out, options.full, csrc=not missing)
+    if missing:
+        print(f"without the checks of csrc, which need {', '.join(missing)}", file=sys.stderr)
     if options.plan:
         for stage in plan:
             print(f"{stage.name}: at most {stage.seconds:g} s")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 PLAIN = "nn.Conv2d"
-WHOLE, GATHERED, COMPILED_SLICE = "full wgrad", "gather + wgrad", "compiled sliced wgrad"
-PLAIN_GRADIENTS = (WHOLE, GATHERED, COMPILED_SLICE)
+WHOLE, GATHERED, SLICED_GRADIENT = "full wgrad", "gather + wgrad", "sliced wgrad"
+COMPILED_SLICE = "compiled sliced wgrad"
+PLAIN_GRADIENTS = (WHOLE, GATHERED, SLICED_GRADIENT, COMPILED_SLICE)
 """PyTorch's own ways to a weight gradient of some filters."""
 Rounds = Mapping[str, list[float]]  # seconds by contender, round by round
 
@@ -33,6 +34,12 @@ class Group:
     """Bytes of GPU memory at the highest."""
     floor: Mapping[str, float] = field(default_factory=dict)
     """Seconds that the device's measured rates allow at best."""
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by the cost model."""
+    rivals: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By one of our contenders, who does the same in another way."""
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further facts by contender."""
 
     @property
     def title(self) -> str:
@@ -50,7 +57,11 @@ class Group:
             facts["peak_bytes"] = self.peak[name]
         if name in self.floor:
             facts["floor_share"] = self.floor[name] / statistics.median(self.seconds[name])
-        return facts
+        if name in self.predicted:
+            facts["predicted_seconds"] = self.predicted[name]
+        if name in self.rivals:
+            facts["rivals"] = {other: list(ratio(self.seconds, name, other)) for other in self.rivals[name]}
+        return facts | dict(self.more.get(name, {}))
 
 
 class Ratio(NamedTuple):

@@ -1,8 +1,7 @@
-"""What this very device can do: copy bandwidth and matrix-product rate, measured, and the floor they set."""
+"""What this very device can do: copy bandwidth and matrix-product rate, measured."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,22 +30,6 @@ def rates(device: str, dtype: torch.dtype) -> Rates:
         2 * source.nbytes / _median_seconds(lambda: target.copy_(source)),
         2 * size**3 / _median_seconds(lambda: a @ b),
     )
-
-
-def convolution_floor(
-    rate: Rates, input_size: tuple[int, int, int, int], weight_size: tuple[int, int, int, int],
-    output_size: tuple[int, int, int, int], learned: int, itemsize: int,
-) -> float:  # fmt: skip
-    """Seconds for forward, grad_input and the weight gradient of `learned` filters, each at its bound.
-
-    Each pass reads its inputs and writes its output once, or multiplies at full rate, whichever takes longer.
-    """
-    x, w, y = map(math.prod, (input_size, weight_size, output_size))
-    flops, share = 2 * y * math.prod(weight_size[1:]), learned / weight_size[0]
-    passes = [(x + w + y, flops), (x + w + y, flops)]
-    if learned:
-        passes.append((x + share * (y + w), share * flops))
-    return sum(max(n * itemsize / rate.bytes_per_second, f / rate.flops_per_second) for n, f in passes)
 
 
 def _median_seconds(work) -> float:

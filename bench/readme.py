@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image
 
 from bench.group import PLAIN
+from bench.page import page
 from bench.pictures import FINGERPRINT, draw_demo, draw_layers, draw_scaling, draw_steps
-from bench.report import page
 from bench.results import Entry, Results, groups, load
 from rwn_ext.paper import demo
 
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results, text = load(RESULTS), README.read_text()
     if parser.parse_args(arguments).check:
         old = [] if filled(text, results) == text else [README.name]
+        report = RESULTS / "report.md"
+        old += [] if report.exists() and report.read_text() == page(results) else [report.name]
         old += [name for name in pictured(results) if fingerprint(RESULTS / name) != results.fingerprint]
         print("\n".join(f"{name} is not what the results say; run python -m bench.readme" for name in old))
         return int(bool(old))

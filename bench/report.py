@@ -1,7 +1,8 @@
 """One page about a folder of results: how much faster, how much leaner, against what, on what, where it loses.
 
 python -m bench.report bench/results/cpu-2-cores               writes report.md and its pictures there
-python -m bench.report NEW --against OLD                       lists what became slower, exit code 1 if anything did
+python -m bench.report NEW --against OLD                       lists what became slower or keeps more, exit code 1 if
+                                                               anything did
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.competitors import FROZEN, OURS
-from bench.group import PLAIN, PLAIN_GRADIENTS, Ratio
+from bench.group import Ratio
+from bench.page import page
 from bench.pictures import draw_layers, draw_scaling, draw_steps
-from bench.results import Entry, Results, ResultsError, groups, load
+from bench.results import Entry, Results, ResultsError, load
 
 REGRESSION = 1.05
 
@@ -27,9 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results = load(options.folder)
         if options.against is not None:
-            slower = regressions(results, load(options.against))
-            print("\n".join(slower) or "nothing became slower")
-            return int(bool(slower))
+            old = load(options.against)
+            found = regressions(results, old)
+            print("\n".join([*found, *notes(results, old)]) or "nothing became slower or keeps more")
+            return int(bool(found))
     except ResultsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,97 +44,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def page(results: Results) -> str:
-    """The whole report as Markdown."""
-    sections = [_head(results), _losses(results)]
-    for level, title, picture in (
-        ("step", "Training steps", "steps.png"),
-        ("run", "The demo's whole training, by epoch", None),
-        ("layer", "Layers, forward + backward", "layers.png"),
-        ("kernel", "Weight gradients alone", None),
-        ("call", "What a call costs, one thread", None),
-    ):
-        entries = results.level(level)
-        if entries:
-            tables = [f"### {subject}, {case}\n\n{table(members)}" for (_, subject, case), members in groups(entries)]
-            shown = [f"![{title}]({picture})"] if picture else []
-            sections.append("\n\n".join([f"## {title}", *shown, *tables]))
-    if results.level("scaling"):
-        sections.append("## Scaling\n\n![time, kept bytes and all-reduced bytes](scaling.png)")
-    return "\n\n".join(sections) + "\n"
-
-
-def table(entries: Sequence[Entry]) -> str:
-    """Contenders of one group: times, ratios with their intervals, kept bytes; what loses to PyTorch is marked."""
-    others = list(entries[0].ratios)
-    phases = list(entries[0].phases)
-    with_kept = any(entry.kept_bytes is not None for entry in entries)
-    with_floor = any(entry.floor_share is not None for entry in entries)
-    header = ["", "median ms", "IQR ms", *(f"time of {other}'s" for other in others), *phases]
-    header += (["kept MB"] if with_kept else []) + (["of the floor's speed"] if with_floor else [])
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for entry in entries:
-        line = [entry.contender, f"{1e3 * entry.median:.3g}", f"{1e3 * entry.iqr:.2g}"]
-        line += [_ratio(entry.ratios[other]) for other in others]
-        line += [f"{entry.phases[phase].median:.2f}" for phase in phases]
-        if with_kept:
-            line.append("" if entry.kept_bytes is None else f"{entry.kept_bytes / 1e6:.2f}")
-        if with_floor:
-            line.append("" if entry.floor_share is None else f"{entry.floor_share:.0%}")
-        if loses(entry):
-            line[0] = f"**{line[0]}** (loses)"
-        lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def loses(entry: Entry) -> bool:
-    """Whether ours is slower, beyond the interval, than what PyTorch does."""
-    return bool(_lost_to(entry))
-
-
-def _lost_to(entry: Entry) -> list[str]:
-    rivals = [name for name in (PLAIN, *PLAIN_GRADIENTS) if name in entry.ratios and OURS in entry.contender]
-    return [name for name in rivals if entry.ratios[name].low > 1]
-
-
 def regressions(new: Results, old: Results) -> list[str]:
-    """What takes more than 5 % longer than it did, relative to nn.Conv2d, beyond both intervals; one line each."""
-    before = {(entry.group, entry.contender): entry for entry in old.entries}
+    """What of ours takes or keeps more than 5 % more than it did; one line each.
+
+    Time is that relative to PyTorch's in the same rounds, and counts where it is beyond both intervals.
+    """
     lines = []
-    for entry in new.entries:
-        earlier = before.get((entry.group, entry.contender))
-        if earlier is None or PLAIN not in entry.ratios or PLAIN not in earlier.ratios:
-            continue
-        now, then = entry.ratios[PLAIN], earlier.ratios[PLAIN]
-        if now.median > REGRESSION * then.median and now.low > then.high:
-            lines.append(f"{', '.join(entry.group)}: {entry.contender} {_ratio(then)} -> {_ratio(now)} of {PLAIN}")
+    for entry, earlier in _pairs(new, old):
+        for reference in list(entry.ratios)[:1]:
+            now, then = entry.ratios[reference], earlier.ratios.get(reference)
+            if then is not None and now.median > REGRESSION * then.median and now.low > then.high:
+                lines.append(f"{_name(entry)} {_ratio(then)} -> {_ratio(now)} of {reference}'s time")
+        kept, before = entry.kept_bytes, earlier.kept_bytes
+        if kept is not None and before is not None and kept > REGRESSION * before:
+            lines.append(f"{_name(entry)} keeps {before / 1e6:.2f} -> {kept / 1e6:.2f} MB for backward")
     return lines
 
 
-def _head(results: Results) -> str:
-    machine, commit = results.machine, results.commit
-    rates = machine["rates"]
-    return (
-        f"# Benchmarks: {machine['device']}\n\n"
-        f"{machine['threads']} CPU threads, Python {machine['python_version']}, torch {machine['torch']}, "
-        f"{machine['dtype']}, channels_last; commit {commit['id'][:10]}{' and changes' if commit['dirty'] else ''}. "
-        f"Measured here: a copy moves {rates['bytes_per_second'] / 1e9:.3g} GB/s, a matrix product computes "
-        f"{rates['flops_per_second'] / 1e9:.4g} GFLOP/s; the floor of a layer is made of these two.\n\n"
-        f"Contenders of a table took turns, round by round; a ratio is the median over rounds, with its 95 % interval. "
-        f"Results were compared with float64 first. `{FROZEN}` is the ceiling: nothing is learned."
-    )
+def notes(new: Results, old: Results) -> list[str]:
+    """What makes a comparison worth less."""
+    found = []
+    for fact in ("device", "threads", "torch", "dtype"):
+        now, then = new.machine.get(fact), old.machine.get(fact)
+        if now != then:
+            found.append(f"note: {fact} was {then}, is {now}")
+    compared, ours = sum(1 for _ in _pairs(new, old)), [entry for entry in old.entries if _is_ours(entry)]
+    if compared < len(ours):
+        found.append(f"note: {len(ours) - compared} of {len(ours)} earlier measurements have no counterpart")
+    return found
 
 
-def _losses(results: Results) -> str:
-    lost = [entry for entry in results.entries if loses(entry)]
-    if not lost:
-        return f"## Where it loses\n\nNowhere in these tables is {OURS} slower than {PLAIN} beyond the interval."
-    lines = [
-        f"* {', '.join(e.group)}: {e.contender} takes {_ratio(e.ratios[name])} of {name}'s time"
-        for e in lost
-        for name in _lost_to(e)
-    ]
-    return "\n".join(["## Where it loses\n", *lines])
+def _pairs(new: Results, old: Results) -> list[tuple[Entry, Entry]]:
+    before = {(entry.group, entry.contender): entry for entry in old.entries}
+    ours = [entry for entry in new.entries if _is_ours(entry)]
+    return [(e, before[e.group, e.contender]) for e in ours if (e.group, e.contender) in before]
+
+
+def _is_ours(entry: Entry) -> bool:
+    return OURS in entry.contender or FROZEN in entry.contender
+
+
+def _name(entry: Entry) -> str:
+    return f"{', '.join(entry.group)}: {entry.contender}"
 
 
 def _ratio(value: Ratio) -> str:

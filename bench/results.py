@@ -10,7 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench.group import Ratio
+from bench.competitors import OURS
+from bench.group import PLAIN, PLAIN_GRADIENTS, Ratio
 
 
 class ResultsError(ValueError):
@@ -31,6 +32,8 @@ class Entry:
     phases: dict[str, Ratio]  # "forward", "backward": to nn.Conv2d
     kept_bytes: int | None
     floor_share: float | None
+    predicted: float | None  # seconds, by the cost model
+    rivals: dict[str, Ratio]  # to those who do the same in another way; of our contenders
     facts: dict[str, Any]
 
     @property
@@ -49,6 +52,8 @@ class Results:
     demo: dict[str, Any] | None
     memory: dict[str, Any] | None
     """What `python -m bench.memory` found."""
+    tests: tuple[dict[str, Any], ...]
+    """What was tested before, by file."""
     fingerprint: str
     """Of the files' contents."""
 
@@ -76,6 +81,7 @@ def load(folder: Path) -> Results:
     return Results(
         folder, newest["machine_info"], newest["commit_info"], tuple(entries), read(demo) if demo.exists() else None,
         read(memory) if memory.exists() else None,
+        tuple(content["tests"] for _, content in contents if "tests" in content),
         hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     )  # fmt: skip
 
@@ -99,9 +105,12 @@ def _entry(path: Path, raw: dict[str, Any]) -> Entry:
     missing = [key for key in known if key not in raw]
     if missing:
         raise ResultsError(f"{path} is of another version ({', '.join(missing)} missing); measure again")
+    ratios = {other: Ratio(*values) for other, values in raw.get("ratios", {}).items()}
+    rivals = {other: Ratio(*values) for other, values in raw.get("rivals", {}).items()}
+    if OURS in raw["contender"]:
+        rivals = {name: ratios[name] for name in (PLAIN, *PLAIN_GRADIENTS) if name in ratios} | rivals
     return Entry(
         raw["level"], raw["subject"], raw["case"], raw["contender"], raw["stats"]["median"], raw["stats"]["iqr"],
-        {other: Ratio(*values) for other, values in raw.get("ratios", {}).items()},
-        {phase: Ratio(*values) for phase, values in raw.get("phases", {}).items()},
-        raw.get("kept_bytes"), raw.get("floor_share"), raw,
+        ratios, {phase: Ratio(*values) for phase, values in raw.get("phases", {}).items()},
+        raw.get("kept_bytes"), raw.get("floor_share"), raw.get("predicted_seconds"), rivals, raw,
     )  # fmt: skip

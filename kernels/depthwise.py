@@ -14,9 +14,11 @@ def depthwise_kernel(
     grad_n, grad_h, grad_w, grad_c, input_n, input_h, input_w, input_c,
     R: tl.constexpr, S: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_TAPS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    PIXELS_FASTEST: tl.constexpr, HAS_INDEX: tl.constexpr, PROLOGUE: tl.constexpr,
+    PIXELS_FASTEST: tl.constexpr, HAS_INDEX: tl.constexpr, PROLOGUE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (filter blocks, tap blocks, splits). Partials (splits, learned, R * S) are float32.
+
+    With HAS_BIAS there is one more tap, which sees ones; behind the other sums of a split lie its, (learned,).
 
     A program walks its split's output pixels and keeps every (tap, pixel of the block, filter) sum apart until the end.
     Shifted reads of the input go through L1; a pixel outside the input counts as zero. The tile's fastest axis is the
@@ -63,7 +65,11 @@ def depthwise_kernel(
         if PROLOGUE:
             rounded = tl.maximum(value.to(tl.float32) * scale + shift, 0.0).to(value.dtype)
             value = tl.where(inside, rounded, 0.0)
-        acc += grad * value.to(tl.float32)
+        value = value.to(tl.float32)
+        if HAS_BIAS:
+            value = tl.where(tap == taps, 1.0, value)
+        # Fused also where the compiler, for the prologue's sake, may not.
+        acc = tl.fma(tl.broadcast_to(grad, acc.shape), tl.broadcast_to(value, acc.shape), acc)
 
     if PIXELS_FASTEST:
         sums = tl.sum(acc, 2)
@@ -72,5 +78,9 @@ def depthwise_kernel(
         sums = tl.sum(acc, 1)
         k = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
     tap = tl.program_id(1) * BLOCK_TAPS + tl.arange(0, BLOCK_TAPS)[:, None]
-    element = (tl.program_id(2).to(tl.int64) * learned + k) * taps + tap
-    tl.store(partials_ptr + element, sums, mask=(tap < taps) & (k < learned))
+    split = tl.program_id(2).to(tl.int64)
+    if HAS_BIAS:
+        element = split * learned * (taps + 1) + tl.where(tap < taps, k * taps + tap, learned * taps + k)
+        tl.store(partials_ptr + element, sums, mask=(tap <= taps) & (k < learned))
+    else:
+        tl.store(partials_ptr + (split * learned + k) * taps + tap, sums, mask=(tap < taps) & (k < learned))

@@ -18,6 +18,8 @@ SPLIT_PIXELS = 512
 TILES_PER_SM = 2
 # The program that finishes last reads the splits' sums one after another: that is worth a launch while they are few.
 LAST_BLOCK_SPLITS = 4
+COUNTERS = 1024
+"""Tiles that programs which sum for themselves can count; the splits of more are summed by a launch of their own."""
 # Partial sums may take this much even where the still operand is small.
 WORKSPACE_BYTES = 1 << 20
 
@@ -63,10 +65,12 @@ def shape(block_channels: int, block_columns: int, operands: Operands, arch: int
     """
     tile = block_channels * block_columns
     if operands.element_size == 4:
-        return Shape(32, block_channels, block_columns, 4, 3, block_columns > 32)
+        # Sums of plain multiply-adds, beside what a prologue of contiguous images holds, need the registers of 8 warps.
+        full = operands.prologue and not operands.channels_last and (block_channels, block_columns) == (64, 32)
+        return Shape(32, block_channels, block_columns, 8 if full else 4, 3, block_columns > 32)
     on_m = not operands.prologue if arch >= 90 else not operands.channels_last
-    # Two exceptions that keep every value in a register (checked ahead of time).
-    if arch >= 100 and block_channels == block_columns == 64:
+    # Exceptions that keep every value in a register (checked ahead of time).
+    if block_columns == 64 and block_channels >= 64 and (arch >= 100 or (arch < 90 and operands.prologue)):
         on_m = False
     wide = tile >= 128 * 128 or (arch < 90 and operands.prologue and block_columns == 256)
     return Shape(64, block_channels, block_columns, 8 if wide else 4, 3, on_m)
@@ -133,6 +137,15 @@ def grid(tiles: Tiles, channels: int, columns: int, groups: int) -> tuple[int, i
     """Programs of `correlate_kernel`: column blocks, channel blocks, groups * splits."""
     shape = tiles.shape
     return _ceil(columns, shape.block_columns), _ceil(channels, shape.block_channels), groups * tiles.splits
+
+
+def sums_itself(tiles: Tiles, channels: int, columns: int, groups: int, *, zeroed: bool) -> bool:
+    """Whether several splits are best summed by the programs that finish last, not by another launch.
+
+    `zeroed`: a launch before them can zero their counters, which would else need one.
+    """
+    x, y, _ = grid(tiles, channels, columns, groups)
+    return 1 < tiles.splits <= LAST_BLOCK_SPLITS and zeroed and x * y * groups <= COUNTERS
 
 
 TAPS = 16

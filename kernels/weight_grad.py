@@ -32,8 +32,6 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 stood before this module was imported."""
 
 PRECISIONS = ("tf32", "tf32x3", "ieee")
-COUNTERS = 1024
-"""Tiles that `last_block` can count; more are summed by a launch of their own."""
 FAMILIES = ("stationary", "swapped", "pointwise", "depthwise")
 
 Pair = tuple[int, int]
@@ -68,6 +66,7 @@ def weight_grad(
     dilation: Pair = (1, 1),
     *,
     out: Tensor,
+    bias: Tensor | None = None,
     affine: Affine | None = None,
     precision: str = "ieee",
     last_block: bool | None = None,
@@ -76,6 +75,8 @@ def weight_grad(
 
     Equals `torch.nn.grad.conv2d_weight(x, ...)[filters]`, x being `input`, with `affine` relu(input * scale + shift).
     `input` (N, C, H, W) holds the channels of the groups with a chosen filter; `grad_output` (N, K, P, Q) is whole.
+    `bias` (Kt,), contiguous, receives the sums of the chosen filters' gradients over images and pixels, in the same
+    launches; not every problem can, see `sums_bias`.
     Sums are float32 and taken in a fixed order. `precision` is that of float32 operands, see `PRECISIONS`.
     `last_block`: the tile that finishes last sums the splits, which spares a launch; None: where that pays.
     """
@@ -86,9 +87,21 @@ def weight_grad(
             f"Triton kernels cannot run on {input.device}: use a GPU, or set TRITON_INTERPRET=1 before Python starts"
         )
     geometry = _Geometry(kernel_size, stride, padding, dilation)
+    if bias is not None and not sums_bias(family, geometry, input.shape[2:], grad_output.shape[2:]):
+        raise ValueError(f"{family} cannot sum the bias of {geometry} with an input of {tuple(input.shape[2:])} pixels")
     with torch.cuda.device(input.device) if input.is_cuda else nullcontext():
-        _launch(family, grad_output, input, filters, geometry, out, affine, precision, last_block)
+        _launch(family, grad_output, input, filters, geometry, out, bias, affine, precision, last_block)
     return out
+
+
+def sums_bias(family: str, geometry: Sequence[Pair], input_size: Sequence[int], output_size: Sequence[int]) -> bool:
+    """Whether this family can sum the bias of a convolution of this geometry (filter size, stride, padding, dilation).
+
+    `swapped` holds still what would have to be summed, and `stationary` needs a tap that meets every output pixel.
+    """
+    if family == "stationary":
+        return _seeing_tap(_Geometry(*geometry), input_size, output_size) is not None
+    return family in ("pointwise", "depthwise")
 
 
 class _Geometry(NamedTuple):
@@ -98,13 +111,25 @@ class _Geometry(NamedTuple):
     dilation: Pair
 
 
+def _seeing_tap(geometry: _Geometry, input_size: Sequence[int], output_size: Sequence[int]) -> Pair | None:
+    """A tap (r, s) that meets a pixel of the input, none of its padding, for every pixel of the output."""
+    found = []
+    for taps, stride, pad, dilation, size, outputs in zip(*geometry, input_size, output_size, strict=True):
+        tap = -(-pad // dilation)
+        if tap >= taps or (outputs - 1) * stride + tap * dilation - pad >= size:
+            return None
+        found.append(tap)
+    return found[0], found[1]
+
+
 def _launch(
     family: str, grad_output: Tensor, input: Tensor, filters: Filters, geometry: _Geometry, out: Tensor,
-    affine: Affine | None, precision: str, last_block: bool | None,
+    bias: Tensor | None, affine: Affine | None, precision: str, last_block: bool | None,
 ) -> None:  # fmt: skip
     if family == "depthwise":
-        return _depthwise(grad_output, input, filters, geometry, out, affine)
-    _correlate(_CORRELATIONS[family](grad_output, input, filters, geometry, out, affine), out, precision, last_block)
+        return _depthwise(grad_output, input, filters, geometry, out, bias, affine)
+    correlation = _CORRELATIONS[family](grad_output, input, filters, geometry, out, affine)
+    _correlate(correlation, out, bias, precision, last_block)
 
 
 class _Slots(NamedTuple):
@@ -126,6 +151,7 @@ class _Correlation(NamedTuple):
     """The arguments of one `correlate_kernel`: what keeps still, what moves, where its results belong."""
 
     still: Tensor  # (N, groups * channels, H, W)
+    readable: int  # of these channels and what lies behind them, as much may be read
     moved: Tensor  # pixels of `slots.depth` channels side by side
     fill: Fill | None  # to be called before `moved` is read; None where it is there already
     moved_start: int  # where tap (0, 0) of pixel (0, 0, 0) is
@@ -134,6 +160,7 @@ class _Correlation(NamedTuple):
     slots: _Slots
     out_strides: Sequence[int]  # of a still channel, a moved channel, r, s
     affine: Affine | None
+    bias_tap: Pair | None  # of which the sums over all pixels are those of all that moves
 
 
 def _stationary(
@@ -147,10 +174,11 @@ def _stationary(
     moved, fill = _gathered(grad_output, slots, border, size, geometry.stride, None)
     n, h, w = moved.stride()[:3]
     start = (r - 1) * dh * h + (s - 1) * dw * w
-    out_strides = (out.stride(1), out.stride(0), out.stride(2), out.stride(3))
+    out_strides, channels = (out.stride(1), out.stride(0), out.stride(2), out.stride(3)), out.size(1)
     return _Correlation(
-        input, moved, fill, start, (n, h, w, -dh * h, -dw * w, slots.depth), (r, s), slots, out_strides, affine
-    )
+        input, channels, moved, fill, start, (n, h, w, -dh * h, -dw * w, slots.depth), (r, s), slots, out_strides,
+        affine, _seeing_tap(geometry, input.shape[2:], grad_output.shape[2:]),
+    )  # fmt: skip
 
 
 def _swapped(
@@ -159,19 +187,20 @@ def _swapped(
     """The padded input, (N, H + 2 padding, W + 2 padding, C), moves over the gradient of the chosen filters."""
     (r, s), (dh, dw), (sh, sw) = geometry.kernel_size, geometry.dilation, geometry.stride
     p, q = grad_output.shape[2:]
-    learned = _slots(filters, input.device)
+    # Triton sees that a stride allows 16-byte loads if it is a multiple of 16.
+    learned = _slots(filters, input.device, multiple=16)
     if learned.channels is None:
-        still = grad_output.narrow(1, learned.first, learned.valid)
+        still, readable = grad_output.narrow(1, learned.first, learned.valid), learned.valid
     else:
         chosen, gather = _gathered(grad_output, learned, (0, 0), (p, q), (1, 1), None)
         gather(None)
-        still = chosen.permute(0, 3, 1, 2).narrow(1, 0, learned.valid)
+        still, readable = chosen.permute(0, 3, 1, 2).narrow(1, 0, learned.valid), learned.depth
     slots = _Slots(1, tiles.depth(input.size(1)), 0, input.size(1), None, None)
     size = (p - 1) * sh + (r - 1) * dh + 1, (q - 1) * sw + (s - 1) * dw + 1
     moved, fill = _gathered(input, slots, geometry.padding, size, (1, 1), affine)
     n, h, w = moved.stride()[:3]
     return _Correlation(
-        still, moved, fill, 0, (n, sh * h, sw * w, dh * h, dw * w, 0), (r, s), slots, out.stride(), None
+        still, readable, moved, fill, 0, (n, sh * h, sw * w, dh * h, dw * w, 0), (r, s), slots, out.stride(), None, None
     )
 
 
@@ -191,7 +220,10 @@ def _pointwise(
         moved, fill = _gathered(grad_output, slots, (0, 0), size, (1, 1), None)
         start, (n, h, w) = 0, moved.stride()[:3]
     out_strides = (out.stride(1), out.stride(0), 0, 0)
-    return _Correlation(visited, moved, fill, start, (n, h, w, 0, 0, slots.depth), (1, 1), slots, out_strides, affine)
+    return _Correlation(
+        visited, out.size(1), moved, fill, start, (n, h, w, 0, 0, slots.depth), (1, 1), slots, out_strides, affine,
+        (0, 0),
+    )  # fmt: skip
 
 
 _CORRELATIONS = {"stationary": _stationary, "swapped": _swapped, "pointwise": _pointwise}
@@ -223,14 +255,16 @@ def _gather(
     halo_gather_kernel[(triton.cdiv(positions, block_positions), triton.cdiv(depth, block_depth))](
         source, out, _or(slots.channels, source), scale, shift, _or(counters, source),
         positions, size[0] * size[1], size[1], *border, source.size(2), source.size(3), slots.valid, depth,
-        COUNTERS, *_nhwc(source),
+        tiles.COUNTERS, *_nhwc(source),
         STEP_H=step[0], STEP_W=step[1], BLOCK_POSITIONS=block_positions, BLOCK_DEPTH=block_depth,
         POSITIONS_FASTEST=source.stride(1) != 1, HAS_INDEX=slots.channels is not None, PROLOGUE=affine is not None,
-        BLOCK_COUNTERS=0 if counters is None else COUNTERS, num_warps=4, **_fusion(affine),
+        BLOCK_COUNTERS=0 if counters is None else tiles.COUNTERS, num_warps=4, **_fusion(affine),
     )  # fmt: skip
 
 
-def _correlate(correlation: _Correlation, out: Tensor, precision: str, last_block: bool | None) -> None:
+def _correlate(
+    correlation: _Correlation, out: Tensor, bias: Tensor | None, precision: str, last_block: bool | None
+) -> None:
     still, slots = correlation.still, correlation.slots
     r, s = correlation.kernel_size
     batch, height, width = still.size(0), still.size(2), still.size(3)
@@ -239,65 +273,77 @@ def _correlate(correlation: _Correlation, out: Tensor, precision: str, last_bloc
     operands = tiles.Operands(still.element_size(), still.stride(1) == 1, correlation.affine is not None)
     plan = tiles.cut(pixels, channels, columns, slots.groups, operands, multiprocessors=multiprocessors, arch=arch)
     shape, grid = plan.shape, tiles.grid(plan, channels, columns, slots.groups)
+    if bias is not None and (shape.block_channels, shape.block_columns) == (32, 256):
+        # Its sums beside the bias' do not fit into the registers of 4 warps.
+        shape = shape._replace(num_warps=8)
     finish = ONLY_SPLIT if plan.splits == 1 else PARTIALS
     if last_block is None:
-        # Without a launch before it, counters would need one that zeroes them.
-        last_block = plan.splits <= tiles.LAST_BLOCK_SPLITS and correlation.fill is not None
-    if last_block and plan.splits > 1 and grid[0] * grid[1] * slots.groups <= COUNTERS:
+        last_block = tiles.sums_itself(plan, channels, columns, slots.groups, zeroed=correlation.fill is not None)
+    if last_block and plan.splits > 1 and grid[0] * grid[1] * slots.groups <= tiles.COUNTERS:
         finish = LAST_SUMS
-    counters = torch.empty(COUNTERS, dtype=torch.int32, device=out.device) if finish == LAST_SUMS else None
+    counters = torch.empty(tiles.COUNTERS, dtype=torch.int32, device=out.device) if finish == LAST_SUMS else None
     if correlation.fill is not None:
         correlation.fill(counters)
     elif counters is not None:
         counters.zero_()
-    partials = out
+    partials, biases = out, 0 if bias is None else slots.groups * slots.depth
     if plan.splits > 1:
-        size = plan.splits * slots.groups * channels * columns
+        size = plan.splits * (slots.groups * channels * columns + biases)
         partials = torch.empty(size, dtype=torch.float32, device=out.device)
     scale, shift = correlation.affine or (still, still)
     unit = min(slots.depth & -slots.depth, 8)
+    tap, (moved_r, moved_s) = correlation.bias_tap or (0, 0), correlation.moved_strides[3:5]
     group_stride = 0 if slots.rows is not None else slots.valid * correlation.out_strides[1]
     out_strides = (*correlation.out_strides, group_stride)
     n, h, w = still.stride(0), still.stride(2), still.stride(3)
+    # Not added where there is nothing to add, an odd number would hide the alignment.
+    still_group = 0 if slots.groups == 1 else channels * still.stride(1)
     correlate_kernel[grid](
-        still, correlation.moved, scale, shift, partials, _or(counters, still), out, _or(slots.rows, still),
-        pixels, plan.split_pixels, height * width, width, channels, plan.splits, slots.valid,
-        n, h, w, still.stride(1), channels * still.stride(1),
+        still, correlation.moved, scale, shift, partials, _or(counters, still), out, _or(bias, out),
+        _or(slots.rows, still),
+        pixels, plan.split_pixels, height * width, width, channels, correlation.readable, plan.splits, slots.valid,
+        n, h, w, still.stride(1), still_group,
         correlation.moved_start // unit, *(stride // unit for stride in correlation.moved_strides),
+        (tap[0] * moved_r + tap[1] * moved_s) // unit,
         *out_strides, R=r, S=s, DEPTH=slots.depth, UNIT=unit, BLOCK_PIXELS=shape.block_pixels,
         BLOCK_CHANNELS=shape.block_channels, BLOCK_COLUMNS=shape.block_columns, DENSE_ROWS=h == w * width,
         STILL_ON_M=shape.still_on_m, PROLOGUE=correlation.affine is not None, HAS_ROWS=slots.rows is not None,
+        HAS_BIAS=bias is not None, BLOCK_BIAS=min(triton.next_power_of_2(slots.depth), shape.block_columns),
         FINISH=finish, PRECISION=precision, INTERPRETED=INTERPRETED,
         num_warps=shape.num_warps, num_stages=shape.num_stages, **_fusion(correlation.affine),
+        **_registers(bias, operands),
     )  # fmt: skip
     if finish == PARTIALS:
-        _sum_splits(partials, out, plan.splits, channels, columns, slots, correlation.kernel_size, out_strides)
+        _sum_splits(partials, out, bias, plan.splits, channels, slots, correlation.kernel_size, out_strides)
 
 
 def _sum_splits(
-    partials: Tensor, out: Tensor, splits: int, channels: int, columns: int, slots: _Slots, kernel_size: Pair,
+    partials: Tensor, out: Tensor, bias: Tensor | None, splits: int, channels: int, slots: _Slots, kernel_size: Pair,
     out_strides: Sequence[int],
 ) -> None:  # fmt: skip
-    size = slots.groups * channels * columns
+    size = slots.groups * channels * kernel_size[0] * kernel_size[1] * slots.depth
+    biases = partials.numel() // splits - size
     block_splits = min(triton.next_power_of_2(splits), 16)
     block = 1024 // block_splits
-    sum_splits_kernel[(triton.cdiv(size, block),)](
-        partials, out, _or(slots.rows, out), size, channels, splits, slots.valid, *out_strides,
+    sum_splits_kernel[(triton.cdiv(size + biases, block),)](
+        partials, out, _or(bias, out), _or(slots.rows, out), size, biases, channels, splits, slots.valid, *out_strides,
         R=kernel_size[0], S=kernel_size[1], DEPTH=slots.depth, BLOCK_SPLITS=block_splits, BLOCK=block,
-        HAS_ROWS=slots.rows is not None, num_warps=4, **_fusion(None),
+        HAS_ROWS=slots.rows is not None, HAS_BIAS=bias is not None, num_warps=4, **_fusion(None),
     )  # fmt: skip
 
 
 def _depthwise(
-    grad_output: Tensor, input: Tensor, filters: Filters, geometry: _Geometry, out: Tensor, affine: Affine | None
-) -> None:
+    grad_output: Tensor, input: Tensor, filters: Filters, geometry: _Geometry, out: Tensor, bias: Tensor | None,
+    affine: Affine | None,
+) -> None:  # fmt: skip
     (r, s), (p, q) = geometry.kernel_size, grad_output.shape[2:]
     learned, pixels = out.size(0), grad_output.size(0) * p * q
     pairs = _channel_pairs(filters, input.device)
     if pairs is None:
         grad_output = grad_output.narrow(1, filters.runs[0], learned)
-    block = tiles.cut_depthwise(pixels, learned, r * s, multiprocessors=_chip(input.device)[0])
-    partials = torch.empty(block.splits * learned * r * s, dtype=torch.float32, device=input.device)
+    taps = r * s + (bias is not None)
+    block = tiles.cut_depthwise(pixels, learned, taps, multiprocessors=_chip(input.device)[0])
+    partials = torch.empty(block.splits * learned * taps, dtype=torch.float32, device=input.device)
     scale, shift = affine or (input, input)
     fastest = input.stride(1) != 1
     grad_strides, input_strides = _nhwc(grad_output), _nhwc(input)
@@ -306,26 +352,26 @@ def _depthwise(
         unit = math.gcd(learned, 8, *grad_strides[:3], *input_strides[:3])
     in_units = [stride // unit for stride in grad_strides[:3]], [stride // unit for stride in input_strides[:3]]
     depthwise_kernel[
-        (triton.cdiv(learned, block.block_channels), triton.cdiv(r * s, tiles.TAPS), block.splits)
+        (triton.cdiv(learned, block.block_channels), triton.cdiv(taps, tiles.TAPS), block.splits)
     ](
         grad_output, input, _or(pairs and pairs[0], input), _or(pairs and pairs[1], input), scale, shift, partials,
         pixels, block.split_pixels, p * q, q, learned // unit, input.size(2), input.size(3),
         *geometry.stride, *geometry.padding, *geometry.dilation, *in_units[0], grad_strides[3], *in_units[1],
         input_strides[3], R=r, S=s, UNIT=unit,
         BLOCK_TAPS=tiles.TAPS, BLOCK_PIXELS=block.block_pixels, BLOCK_CHANNELS=block.block_channels,
-        PIXELS_FASTEST=fastest, HAS_INDEX=pairs is not None, PROLOGUE=affine is not None, num_warps=4,
-        **_fusion(affine),
+        PIXELS_FASTEST=fastest, HAS_INDEX=pairs is not None, PROLOGUE=affine is not None, HAS_BIAS=bias is not None,
+        num_warps=4, **_fusion(affine),
     )  # fmt: skip
     slots = _Slots(1, 1, 0, 1, None, None)
     out_strides = (out.stride(0), 0, out.stride(2), out.stride(3), 0)
-    _sum_splits(partials, out, block.splits, learned, r * s, slots, (r, s), out_strides)
+    _sum_splits(partials, out, bias, block.splits, learned, slots, (r, s), out_strides)
 
 
 @lru_cache(maxsize=4096)
-def _slots(filters: Filters, device: torch.device) -> _Slots:
+def _slots(filters: Filters, device: torch.device, multiple: int = 1) -> _Slots:
     by_group = _by_group(filters)
     groups, valid = len(by_group), max(len(members) for members in by_group)
-    depth = tiles.depth(valid)
+    depth = triton.cdiv(tiles.depth(valid), multiple) * multiple
     if filters.groups == 1 and len(filters.runs) == 2:
         return _Slots(1, depth, filters.runs[0], valid, None, None)
     index = [k for members in by_group for k in (*members, *[-1] * (depth - len(members)))]
@@ -378,6 +424,13 @@ def _nhwc(tensor: Tensor) -> tuple[int, int, int, int]:
     """Strides in the order of a kernel's arguments."""
     n, c, h, w = tensor.stride()
     return n, h, w, c
+
+
+def _registers(bias: Tensor | None, operands: tiles.Operands) -> dict[str, int]:
+    """All that a thread can have where ptxas would put a few values into memory to let more programs share a
+    multiprocessor than there are."""
+    crowded = bias is not None or (operands.prologue and not operands.channels_last)
+    return {"maxnreg": 255} if crowded else {}
 
 
 def _fusion(affine: Affine | None) -> dict[str, bool]:

@@ -143,24 +143,29 @@ def convolve(input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[T
 def gradients(
     grad_output: Tensor, weights: Sequence[Tensor | None], seen: Tensor | None, layer: Layer, input_size: Any,
     weight_dtype: torch.dtype | None, needs: tuple[bool, bool, bool],
+    affine: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients that `needs` asks for: of the input, the learned weights (in their type), the learned biases."""
+    """The gradients that `needs` asks for: of the input, the learned weights (in their type), the learned biases.
+
+    With `affine`, a scale and a shift, the convolution saw `ops.affine_relu` of `seen`.
+    """
     grad_input = grad_weight = grad_bias = None
     needs_input, needs_weight, needs_bias = needs
     geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    how = (layer.algorithm, weight_dtype, needs_bias and layer.bias == layer.filters, *affine)
     if needs_input:
         weight = merged_weight(weights, layer, grad_output.dtype, "backward")
         if needs_weight and layer.seen is None:
             assert seen is not None
-            grad_input, grad_weight = ops.conv2d_grads(
-                grad_output, seen, weight, layer.filters, *geometry, layer.algorithm, weight_dtype
+            grad_input, grad_weight, grad_bias = ops.conv2d_grads(
+                grad_output, seen, weight, layer.filters, *geometry, *how
             )
         else:
             grad_input = ops.conv2d_input_grad(grad_output, weight, input_size, *geometry)
     if needs_weight and grad_weight is None:
         assert seen is not None
-        grad_weight = ops.conv2d_weight_grad(grad_output, seen, layer.filters, *geometry, layer.algorithm, weight_dtype)
-    if needs_bias:
+        grad_weight, grad_bias = ops.conv2d_weight_grads(grad_output, seen, layer.filters, *geometry, *how)
+    if needs_bias and grad_bias is None:
         grad_bias = ops.take(grad_output, layer.bias, 1).sum((0, 2, 3))
     return grad_input, grad_weight, grad_bias
 

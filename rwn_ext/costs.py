@@ -113,7 +113,7 @@ def stationary(p: Problem) -> Cost:
     positions = p.batch * (p.height + (r - 1) * dh) * (p.width + (s - 1) * dw)
     buffer = positions * depth * p.groups * p.element_size
     gathered = _gradient_bytes(p, p.learned, sectors=True) + buffer
-    return _correlation(p, pixels, p.channels // p.groups, r * s * depth, _input_bytes(p), buffer, gathered, launches=3)
+    return _correlation(p, pixels, p.channels // p.groups, r * s * depth, _input_bytes(p), buffer, gathered, p.normed)
 
 
 def swapped(p: Problem) -> Cost:
@@ -123,7 +123,7 @@ def swapped(p: Problem) -> Cost:
     buffer = p.batch * (p.height + 2 * p.padding[0]) * (p.width + 2 * p.padding[1]) * depth * p.element_size
     still = _gradient_bytes(p, p.learned, sectors=True)
     gathered = _input_bytes(p) + buffer
-    return _correlation(p, p.batch * height * width, p.learned, r * s * depth, still, buffer, gathered, launches=3)
+    return _correlation(p, p.batch * height * width, p.learned, r * s * depth, still, buffer, gathered, normed=False)
 
 
 def pointwise(p: Problem) -> Cost:
@@ -137,7 +137,7 @@ def pointwise(p: Problem) -> Cost:
     visited = _input_bytes(p) * min(
         1.0, pixels / (p.batch * p.height * p.width) * (1 if p.channels_last else p.stride[1])
     )
-    return _correlation(p, pixels, p.channels // p.groups, depth, visited, buffer, gathered, launches=3 - in_place)
+    return _correlation(p, pixels, p.channels // p.groups, depth, visited, buffer, gathered, p.normed)
 
 
 def depthwise(p: Problem) -> Cost:
@@ -178,14 +178,22 @@ def _library(p: Problem, filters: int, extra_bytes: float, launches: int) -> Cos
     read = _input_bytes(p) * padded * (1 + LIBRARY.rereads * (taps - 1))
     traffic = extra_bytes + read + _gradient_bytes(p, filters) + _result_bytes(p, filters)
     flops = _flops(p, tiled) * padded
+    if p.normed:
+        # The activation is made before.
+        made = 2 * _input_bytes(p)
+        extra_bytes, traffic, launches = extra_bytes + made, traffic + made, launches + 1
     work = max((traffic - extra_bytes) / p.chip.bandwidth, flops / (LIBRARY.efficiency * _rate(p)))
     return _with_launches(p, Cost(work + extra_bytes / p.chip.bandwidth, traffic, flops, launches), triton=False)
 
 
 def _correlation(
-    p: Problem, pixels: int, channels: int, columns: int, still: float, moved: float, gathered: float, launches: int
+    p: Problem, pixels: int, channels: int, columns: int, still: float, moved: float, gathered: float, normed: bool
 ) -> Cost:
-    operands = tiles.Operands(p.element_size, p.channels_last)
+    """The product, behind a launch that gathers what moves, unless it stays in place and these are no bytes.
+
+    `normed`: what keeps still passes through registers.
+    """
+    operands = tiles.Operands(p.element_size, p.channels_last, normed)
     plan = tiles.cut(
         pixels, channels, columns, p.groups, operands, multiprocessors=p.chip.multiprocessors, arch=p.chip.arch
     )
@@ -198,7 +206,8 @@ def _correlation(
     product = max((still + moved) / reach, through_l2 / p.chip.l2_bandwidth, flops / (TRITON_FLOPS_SHARE * _rate(p)))
     seconds = gathered / reach + product + partials / p.chip.l2_bandwidth
     traffic = gathered + still + moved + partials + _result_bytes(p, p.learned)
-    launches -= plan.splits == 1
+    alone = plan.splits == 1 or tiles.sums_itself(plan, channels, columns, p.groups, zeroed=gathered > 0)
+    launches = 1 + (gathered > 0) + (not alone)
     return _with_launches(p, Cost(seconds, traffic, flops, launches), triton=True)
 
 

@@ -163,7 +163,7 @@ def _dense(p: Problem) -> tuple[Any, ...]:
     """What `_native_problem` wants to know of operands that stand dense in the problem's memory format."""
     sizes = (p.channels, p.height, p.width), (p.filters, *p.output_size), (p.channels // p.groups, *p.kernel_size)
     strides = [(c * h * w, 1, w * c, c) if p.channels_last else (c * h * w, h * w, w, 1) for c, h, w in sizes]
-    return *strides, True, False, TYPES[getattr(torch, p.dtype)]
+    return *strides, True, p.normed, TYPES[getattr(torch, p.dtype)]
 
 
 @lru_cache(maxsize=64)

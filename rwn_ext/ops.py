@@ -1,7 +1,9 @@
-"""The waist: the two operators everything above is made of, as torch.library ops without autograd.
+"""The waist: the operators everything above is made of, as torch.library ops without autograd.
 
 `merge` builds a whole weight from its learned and its fixed part; `conv2d_weight_grad` computes the weight gradient of
-the learned filters. Each has one schema, one fake and one aten implementation that runs on every device.
+the learned filters, `conv2d_weight_bias_grad` that of their biases too; `affine_relu_backward` is for those who have
+kept only what went into a normalisation and a ReLU, whose output the weight gradient, too, can do without. Each has one
+schema, one fake and one aten implementation that runs on every device.
 
 The functions of the same names are the way in. Where a compiler, a dispatch mode or a tracer watches, they call the
 registered op; else its implementation itself: that spares two thirds of the cost of a call, and is differentiable
@@ -34,10 +36,17 @@ torch.library.define(
     "(Tensor learned, Tensor fixed, int[] runs, int axis, ScalarType dtype, str stage) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+for _name, _results in (("conv2d_weight_grad", "Tensor"), ("conv2d_weight_bias_grad", "(Tensor, Tensor)")):
+    torch.library.define(
+        f"rwn_ext::{_name}",
+        "(Tensor grad_output, Tensor input, int[] filters, int[2] kernel_size, int[2] stride, int[2] padding, "
+        "int[2] dilation, int groups, str algorithm, ScalarType? dtype=None, Tensor? scale=None, Tensor? shift=None) "
+        f"-> {_results}",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
 torch.library.define(
-    "rwn_ext::conv2d_weight_grad",
-    "(Tensor grad_output, Tensor input, int[] filters, int[2] kernel_size, int[2] stride, int[2] padding, "
-    "int[2] dilation, int groups, str algorithm, ScalarType? dtype=None) -> Tensor",
+    "rwn_ext::affine_relu_backward",
+    "(Tensor grad, Tensor input, Tensor scale, Tensor shift) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -88,18 +97,95 @@ def conv2d_weight_grad(
     groups: int,
     algorithm: str = "auto",
     dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The gradient of the filters `filters` alone, shape (Kt, Ct, R, S), in `dtype` (the input's by default).
 
     Equals `torch.nn.grad.conv2d_weight(...)[filters]`. `grad_output` (N, K, P, Q) is whole; `input` (N, C', H, W) holds
     the channels that `seen_channels` names: those of the groups that hold a learned filter. `groups` counts all groups.
     The result is channels_last where the input is.
+
+    With `scale` and `shift`, float32 (C',), the convolution's input was not `input` but `affine_relu` of it. The
+    algorithms of `planner.READERS` compute that while they read, for the others it is made first.
     """
     if transformed():
         # The others look at strides and view memory in ways that vmap does not follow.
-        return _weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, "full", dtype)
-    function = torch.ops.rwn_ext.conv2d_weight_grad if _watched() else _weight_grad
-    return function(grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, dtype)
+        algorithm = "full"
+    function = torch.ops.rwn_ext.conv2d_weight_grad if _watched() and not transformed() else _weight_grad
+    return function(
+        grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, dtype, scale, shift
+    )
+
+
+def conv2d_weight_grads(
+    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, algorithm: str = "auto", dtype: torch.dtype | None = None, bias: bool = False,
+    scale: Tensor | None = None, shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`conv2d_weight_grad`; with `bias`, also the gradient of the same filters' bias, (Kt,) in `dtype`.
+
+    None instead of that where no algorithm would compute it in the same pass: `grad_output[:, filters].sum((0, 2, 3))`.
+    """
+    arguments = (
+        grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, dtype, scale, shift
+    )  # fmt: skip
+    if bias and not transformed():
+        if _watched():
+            # Only on a GPU is there something to gain, and there the op decides.
+            if input.is_cuda:
+                return torch.ops.rwn_ext.conv2d_weight_bias_grad(*arguments)
+        elif _sums_bias(_plan_of(*arguments), grad_output, input):
+            return _weight_bias_grad(*arguments)
+    return conv2d_weight_grad(*arguments), None
+
+
+def reads_normed(
+    input: Tensor, layout: torch.memory_format, out_channels: int, filters: Runs, kernel_size: Pair, stride: Pair,
+    padding: Pair, dilation: Pair, groups: int, algorithm: str,
+) -> bool:  # fmt: skip
+    """Whether `conv2d_weight_grad` with a `scale` and `shift` of such an input would apply them while reading it."""
+    if transformed() or (algorithm == "auto" and input.is_cpu):
+        return False
+    planned = _planned(
+        float32_precision(input.device, input.dtype), algorithm, input.shape, out_channels, filters, kernel_size,
+        stride, padding, dilation, groups, input.device, layout, input.dtype, True,
+    )  # fmt: skip
+    return planned.algorithm in planner.READERS
+
+
+def affine_relu(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """relu(input * scale + shift) by channel, computed in float32 or float64 and rounded to the type of the input."""
+    return torch.relu(_affine(input, scale, shift))
+
+
+def _affine(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    precise = input.to(torch.promote_types(input.dtype, torch.float32))
+    return (precise * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+
+
+def affine_relu_backward(grad: Tensor, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The gradient with respect to input * scale + shift of a `grad` with respect to `affine_relu` of these."""
+    function = torch.ops.rwn_ext.affine_relu_backward if _watched() else _affine_relu_backward
+    return function(grad, input, scale, shift)
+
+
+def _affine_relu_backward(grad: Tensor, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    layout = memory_format(input)
+    grad = grad.contiguous(memory_format=layout)
+    if planner.can_run_triton(input.device.type, _chip(input.device).arch, str(input.dtype).removeprefix("torch.")):
+        kernels = import_module("rwn_ext.kernels.affine_relu")
+        input, out = input.contiguous(memory_format=layout), torch.empty_like(grad)
+        return kernels.affine_relu_backward(grad, input, scale, shift, out=out)
+    return torch.ops.aten.threshold_backward(grad, _affine(input, scale, shift), 0).contiguous(memory_format=layout)
+
+
+torch.library.impl("rwn_ext::affine_relu_backward", "CompositeExplicitAutograd", _affine_relu_backward)
+
+
+@torch.library.register_fake("rwn_ext::affine_relu_backward")
+def _(grad: Tensor, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(input))
 
 
 def conv2d_input_grad(
@@ -123,26 +209,28 @@ def conv2d_input_grad(
 
 def conv2d_grads(
     grad_output: Tensor, input: Tensor, weight: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str = "auto", dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`conv2d_input_grad` and `conv2d_weight_grad` where the learned weights see all of the input.
+    dilation: Pair, groups: int, algorithm: str = "auto", dtype: torch.dtype | None = None, bias: bool = False,
+    scale: Tensor | None = None, shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`conv2d_input_grad` and `conv2d_weight_grads` where the learned weights see all of the input.
 
     The library's whole gradients come from one call, which small layers feel.
     """
     geometry = (kernel_size, stride, padding, dilation, groups)
-    if not _watched():
+    if not _watched() and scale is None:
         layout = memory_format(input)
-        _, implementation = _planned(
-            float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), filters,
-            *geometry, input.device, layout, input.dtype,
-        )  # fmt: skip
-        if implementation is _full:
+        planned = _plan_of(grad_output, input, filters, *geometry, algorithm)
+        if planned.implementation is _full and not _overruns(
+            input.size(1) // groups, kernel_size, stride, input.device
+        ):
             grad_input, whole, _ = torch.ops.aten.convolution_backward.default(
                 grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, True, False)
             )
-            return grad_input, _copied(whole, filters, layout).to(dtype or input.dtype)
+            return grad_input, _copied(whole, filters, layout).to(dtype or input.dtype), None
     grad_input = conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry)
-    return grad_input, conv2d_weight_grad(grad_output, input, filters, *geometry, algorithm, dtype)
+    return grad_input, *conv2d_weight_grads(
+        grad_output, input, filters, *geometry, algorithm, dtype, bias, scale, shift
+    )
 
 
 def take(tensor: Tensor, runs: Runs, axis: int) -> Tensor:
@@ -181,6 +269,7 @@ def _gather_channels(tensor: Tensor, channels: Runs, layout: torch.memory_format
 def problem(
     input_size: tuple[int, ...], out_channels: int, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
     dilation: Pair, groups: int, device: torch.device, layout: torch.memory_format, dtype: torch.dtype,
+    normed: bool = False,
 ) -> Problem:  # fmt: skip
     """What the planner sees of a `conv2d_weight_grad` call."""
     touched = run_length(_touched_groups(filters, out_channels, groups))
@@ -189,7 +278,8 @@ def problem(
         batch=batch, channels=channels, height=height, width=width, filters=out_channels // groups * touched,
         learned=run_length(filters), kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
         groups=max(touched, 1), device=device.type, channels_last=layout == torch.channels_last,
-        dtype=str(dtype).removeprefix("torch."), precision=float32_precision(device, dtype), chip=_chip(device),
+        dtype=str(dtype).removeprefix("torch."), precision=float32_precision(device, dtype), normed=normed,
+        chip=_chip(device),
     )  # fmt: skip
 
 
@@ -349,35 +439,97 @@ def _empty_whole(learned: Tensor, fixed: Tensor, axis: int) -> Tensor:
 
 def _weight_grad(
     grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None,
+    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None, scale: Tensor | None = None,
+    shift: Tensor | None = None, **bias: Tensor,
 ) -> Tensor:  # fmt: skip
-    filters, layout = tuple(filters), memory_format(input)
-    task, implementation = _planned(
-        float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), filters,
-        tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups, input.device, layout, input.dtype,
+    filters = tuple(filters)
+    planned = _plan_of(
+        grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, scale=scale
+    )
+    return _run(planned, grad_output, input, filters, groups, dtype or input.dtype, scale, shift, **bias)
+
+
+def _weight_bias_grad(
+    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None, scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    filters, dtype = tuple(filters), dtype or input.dtype
+    planned = _plan_of(
+        grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, scale=scale
+    )
+    arguments = (planned, grad_output, input, filters, groups, dtype, scale, shift)
+    if _sums_bias(planned, grad_output, input):
+        grad_bias = torch.empty(run_length(filters), dtype=dtype, device=input.device)
+        return _run(*arguments, bias=grad_bias), grad_bias
+    return _run(*arguments), take(grad_output, filters, 1).sum((0, 2, 3)).to(dtype)
+
+
+class _Planned(NamedTuple):
+    problem: Problem
+    algorithm: str
+    implementation: Callable[..., Tensor]
+    """Of grad_output, input, filters, the problem, groups and dtype; those of `planner.READERS` also of an `affine`."""
+
+
+def _plan_of(
+    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, algorithm: str, dtype: Any = None, scale: Tensor | None = None, shift: Any = None,
+) -> _Planned:  # fmt: skip
+    """What a `conv2d_weight_grad` of these arguments does."""
+    return _planned(
+        float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), tuple(filters),
+        tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups, input.device, memory_format(input),
+        input.dtype, scale is not None,
     )  # fmt: skip
-    dtype = dtype or input.dtype
-    grad_weight = implementation(grad_output, input, filters, task, groups, dtype)
-    return grad_weight.to(dtype).contiguous(memory_format=layout)
-
-
-Implementation = Callable[[Tensor, Tensor, Runs, Problem, int, torch.dtype], Tensor]
 
 
 @lru_cache(maxsize=4096)
-def _planned(precision: str, algorithm: str, *geometry: Any) -> tuple[Problem, Implementation]:
+def _planned(precision: str, algorithm: str, *geometry: Any) -> _Planned:
     """The problem of these arguments and the implementation of its plan, in one look-up."""
     task = problem(*geometry)
-    return task, _ALGORITHMS[plan(task, algorithm).algorithm]
+    chosen = plan(task, algorithm).algorithm
+    return _Planned(task, chosen, _ALGORITHMS[chosen])
+
+
+def _run(
+    planned: _Planned, grad_output: Tensor, input: Tensor, filters: Runs, groups: int, dtype: torch.dtype,
+    scale: Tensor | None, shift: Tensor | None, **how: Any,
+) -> Tensor:  # fmt: skip
+    layout = memory_format(input)
+    if scale is not None and shift is not None:
+        if planned.algorithm in planner.READERS:
+            how["affine"] = scale, shift
+        else:
+            input = affine_relu(input, scale, shift)
+    grad_weight = planned.implementation(grad_output, input, filters, planned.problem, groups, dtype, **how)
+    return grad_weight.to(dtype).contiguous(memory_format=layout)
+
+
+def _sums_bias(planned: _Planned, grad_output: Tensor, input: Tensor) -> bool:
+    """Whether this plan can compute the bias' gradient in the same pass."""
+    p = planned.problem
+    if planned.algorithm not in costs.TRITON or _is_differentiated(grad_output, input):
+        return False
+    geometry = (p.kernel_size, p.stride, p.padding, p.dilation)
+    return _triton_kernels().sums_bias(planned.algorithm, geometry, input.shape[2:], grad_output.shape[2:])
 
 
 torch.library.impl("rwn_ext::conv2d_weight_grad", "CompositeExplicitAutograd", _weight_grad)
+torch.library.impl("rwn_ext::conv2d_weight_bias_grad", "CompositeExplicitAutograd", _weight_bias_grad)
+
+
+@torch.library.register_fake("rwn_ext::conv2d_weight_bias_grad")
+def _(grad_output: Tensor, input: Tensor, filters: Runs, *others: Any) -> tuple[Tensor, Tensor]:
+    grad_weight = _fake_weight_grad(grad_output, input, filters, *others)
+    return grad_weight, grad_weight.new_empty(run_length(filters))
 
 
 @torch.library.register_fake("rwn_ext::conv2d_weight_grad")
-def _(
+def _fake_weight_grad(
     grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None,
+    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None, scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     # int: a compiler may hold the number of filters for one that varies; which groups are touched, it then does not.
     touched = run_length(_touched_groups(tuple(filters), int(grad_output.size(1)), groups))
@@ -471,9 +623,29 @@ def _library_weight_grad(grad_output: Tensor, input: Tensor, p: Problem, groups:
     """The weight gradient as cuDNN or oneDNN computes it, of all the filters of this `grad_output`."""
     # Only the sizes of the weight are looked at: one element stands for all.
     weight = input.new_empty(()).expand(grad_output.size(1), input.size(1) // groups, *p.kernel_size)
+    input, stride = visited(input, p.kernel_size, p.stride, p.padding, groups)
     return torch.ops.aten.convolution_backward.default(
-        grad_output, input, weight, None, p.stride, p.padding, p.dilation, False, (0, 0), groups, (False, True, False)
+        grad_output, input, weight, None, stride, p.padding, p.dilation, False, (0, 0), groups, (False, True, False)
     )[1]
+
+
+def visited(input: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, groups: int) -> tuple[Tensor, Pair]:
+    """Input and stride of the same convolution with strided 1x1 filters, without the pixels that they skip.
+
+    Only where the library cannot be given the whole (`_overruns`); elsewhere input and stride as they are.
+    """
+    if padding != (0, 0) or not _overruns(input.size(1) // groups, kernel_size, stride, input.device):
+        return input, stride
+    return input[:, :, :: stride[0], :: stride[1]], (1, 1)
+
+
+def _overruns(channels: int, kernel_size: Pair, stride: Pair, device: torch.device) -> bool:
+    """Whether oneDNN's weight gradient may write beyond its memory.
+
+    In version 3.12 it does, with AVX2, for strided 1x1 filters of 2 to 7 channels, channels_last; plain `nn.Conv2d`
+    crashes alike. Twice as many channels are spared for wider vectors.
+    """
+    return device.type == "cpu" and kernel_size == (1, 1) and stride != (1, 1) and channels < 16
 
 
 def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
@@ -519,15 +691,25 @@ def _pixels(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.size(1))
 
 
+Affine = tuple[Tensor, Tensor]
+
+
 def _kernel(
-    launch: Implementation, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int,
-    dtype: torch.dtype,
+    launch: Callable[..., Tensor], grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int,
+    dtype: torch.dtype, affine: Affine | None = None, **how: Any,
 ) -> Tensor:  # fmt: skip
     """The gradient by one of this package's kernels, rounded once, from float32 sums to `dtype`."""
-    if torch.is_grad_enabled() and (grad_output.requires_grad or input.requires_grad):
+    if _is_differentiated(grad_output, input, *(affine or ())):
         # Double backward goes through aten.
+        input = affine_relu(input, *affine) if affine else input
         return _gather(grad_output, input, filters, p, groups, dtype)
-    return launch(grad_output, input, filters, p, groups, dtype)
+    if affine:
+        how["affine"] = affine
+    return launch(grad_output, input, filters, p, groups, dtype, **how)
+
+
+def _is_differentiated(*operands: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
 
 
 def _direct(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
@@ -536,21 +718,24 @@ def _direct(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, group
 
 
 def _triton(
-    family: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
-) -> Tensor:
+    family: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype,
+    affine: Affine | None = None, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     kernels = _triton_kernels()
     shape = (p.learned, p.channels // p.groups, *p.kernel_size)
     out = torch.empty(shape, dtype=dtype, device=input.device, memory_format=memory_format(input))
     return kernels.weight_grad(
         family, grad_output, input, kernels.Filters(filters, grad_output.size(1), groups), p.kernel_size, p.stride,
-        p.padding, p.dilation, out=out, precision=p.precision,
+        p.padding, p.dilation, out=out, bias=bias, affine=affine and kernels.Affine(*affine), precision=p.precision,
     )  # fmt: skip
 
 
 def _cuda(
-    kernel: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype
-) -> Tensor:
-    return cuda.weight_grad(grad_output, input, filters, p, kernel=kernel, dtype=dtype)
+    kernel: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype,
+    affine: Affine | None = None,
+) -> Tensor:  # fmt: skip
+    scale, shift = affine or (None, None)
+    return cuda.weight_grad(grad_output, input, filters, p, kernel=kernel, dtype=dtype, scale=scale, shift=shift)
 
 
 @lru_cache(maxsize=1)
@@ -559,7 +744,7 @@ def _triton_kernels() -> Any:
     return import_module("rwn_ext.kernels.weight_grad")
 
 
-_ALGORITHMS: dict[str, Implementation] = {
+_ALGORITHMS: dict[str, Callable[..., Tensor]] = {
     "full": _full,
     "gather": _gather,
     "matmul": _matmul,
@@ -578,7 +763,14 @@ def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Tenso
     per_group = -(-p.learned // p.groups)
     learned = [k for k in range(p.filters) if k % (p.filters // p.groups) < per_group][: p.learned]
     runs = Subset.from_indices(p.filters, learned).runs
-    return {name: partial(_ALGORITHMS[name], grad_output, input, runs, p, p.groups, dtype) for name in algorithms}
+    vector = torch.ones(p.channels, device=p.device)
+    affine = (vector, vector) if p.normed else (None, None)
+    return {
+        name: partial(
+            _run, _Planned(p, name, _ALGORITHMS[name]), grad_output, input, runs, p.groups, dtype, *affine
+        )
+        for name in algorithms
+    }  # fmt: skip
 
 
 planner.connect(_rehearse, _planned.cache_clear)
@@ -596,15 +788,7 @@ def _flops(p: Problem, algorithm: str) -> int:
     return 2 * p.batch * pixels * columns * (p.channels // p.groups) * p.kernel_size[0] * p.kernel_size[1]
 
 
-@register_flop_formula(torch.ops.rwn_ext.conv2d_weight_grad, get_raw=True)
-def _(
-    grad_output: Tensor, input: Tensor, filters: Runs, *geometry: Any, dtype: torch.dtype | None = None,
-    out_val: Any = None,
-) -> int:  # fmt: skip
-    kernel_size, stride, padding, dilation = (tuple(pair) for pair in geometry[:4])
-    groups, algorithm = geometry[4:6]
-    task, _ = _planned(
-        float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), tuple(filters),
-        kernel_size, stride, padding, dilation, groups, input.device, memory_format(input), input.dtype,
-    )  # fmt: skip
-    return _flops(task, algorithm)
+@register_flop_formula([torch.ops.rwn_ext.conv2d_weight_grad, torch.ops.rwn_ext.conv2d_weight_bias_grad], get_raw=True)
+def _(*arguments: Any, out_val: Any = None, **options: Any) -> int:
+    planned = _plan_of(*arguments, **options)
+    return _flops(planned.problem, planned.algorithm)

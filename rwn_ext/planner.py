@@ -36,6 +36,8 @@ ALGORITHMS = {
     "cuda_depthwise": "CUDA, one input channel a group: a sum over pixels in one launch",
 }
 TRITON_IS_INSTALLED = find_spec("triton") is not None
+READERS = frozenset({*costs.TRITON, *costs.CUDA})
+"""Those that compute relu(input * scale + shift) while they read it; for the others it is made first."""
 FAMILIES = {family: tuple(kernels) for family, kernels in costs.KERNELS.items()}
 """Names that stand for the best of several algorithms that share a way to compute."""
 
@@ -60,6 +62,8 @@ class Problem:
     dtype: str = "float32"
     precision: str = "ieee"
     """Of float32 on a GPU: "tf32", "tf32x3" or "ieee"."""
+    normed: bool = False
+    """The input is given as what a normalisation with a ReLU made it of."""
     chip: Chip = costs.H200
     """The GPU; a nominal one where there is none."""
 
@@ -82,7 +86,8 @@ class Problem:
             f"{self.learned} of {self.filters} filters {r}x{s}, stride {self.stride}, padding {self.padding}, "
             f"dilation {self.dilation}, {self.groups} group(s), "
             f"input ({self.batch}, {self.channels}, {self.height}, {self.width}) {self.dtype}{precision} "
-            f"{'channels_last' if self.channels_last else 'contiguous'} on {self.place}"
+            f"{'channels_last' if self.channels_last else 'contiguous'}{', before norm and ReLU,' * self.normed} "
+            f"on {self.place}"
         )
 
     @property
@@ -278,16 +283,28 @@ def _obstacle(p: Problem, algorithm: str) -> str | None:
     return None
 
 
-def _triton_obstacle(p: Problem) -> str | None:
-    """Why no Triton kernel can compute this problem."""
+def can_run_triton(device: str, arch: int, dtype: str) -> bool:
+    """Whether the Triton kernels can compute on this kind of device, a GPU of sm_`arch`, in this type."""
+    return _machine_obstacle(device, arch, dtype) is None
+
+
+def _machine_obstacle(device: str, arch: int, dtype: str) -> str | None:
     if not TRITON_IS_INSTALLED:
         return "Triton is not installed"
-    if p.device != "cuda" and not (p.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return "Triton kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts"
-    if p.dtype not in ("bfloat16", "float16", "float32"):
-        return f"Triton kernels compute in float32 and shorter, not in {p.dtype}"
-    if p.device == "cuda" and p.chip.arch < 80:
-        return f"Triton kernels need sm_80 or newer, this is sm_{p.chip.arch}"
+    if dtype not in ("bfloat16", "float16", "float32"):
+        return f"Triton kernels compute in float32 and shorter, not in {dtype}"
+    if device == "cuda" and arch < 80:
+        return f"Triton kernels need sm_80 or newer, this is sm_{arch}"
+    return None
+
+
+def _triton_obstacle(p: Problem) -> str | None:
+    """Why no Triton kernel can compute this problem."""
+    obstacle = _machine_obstacle(p.device, p.chip.arch, p.dtype)
+    if obstacle:
+        return obstacle
     r, s = p.kernel_size
     positions = p.batch * (p.height + r * p.dilation[0]) * (p.width + s * p.dilation[1])
     if max(positions, p.channels * r * s * (p.learned + 8 * p.groups)) >= 2**31:
@@ -298,12 +315,13 @@ def _triton_obstacle(p: Problem) -> str | None:
 # The CPU's limits were measured (bench/bench_layers.py; float32). The compiled kernel wins wherever it can be used
 # and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than 8 its sums are of nothing but
 # for a part, which must be outweighed by the filters that it spares. With one tap it wins while it waits for memory
-# alone. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN computes filters in
+# alone, and where there are so few pixels that the preparations of a matrix product are felt. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN computes filters in
 # blocks of a vector register, so a block saved is a gain and less is none; and a few million multiply-adds take less
 # time than a call of the library, of which "full" needs one less.
 CPU_DIRECT_CHANNELS = 8
 CPU_DIRECT_TILE = 16
 CPU_DIRECT_POINTWISE_FILTERS = 3
+CPU_DIRECT_POINTWISE_PIXELS = 1024
 # Unfolded columns: while they are no more than this many for each input channel, the copy costs less than it spares.
 CPU_UNFOLD_COLUMNS_PER_CHANNEL = 2
 CPU_UNFOLD_CHANNELS = 64
@@ -341,9 +359,12 @@ def _cheapest(p: Problem, algorithms: costs.Algorithms) -> tuple[str, float]:
 
 def _by_measured_limits(p: Problem) -> Plan:
     r, s = p.kernel_size
+    pixels = p.batch * p.output_size[0] * p.output_size[1]
     if p.learned < p.filters and not _obstacle(p, "direct"):
         if r * s == 1 and p.channels_last and p.learned <= CPU_DIRECT_POINTWISE_FILTERS:
             return Plan("direct", "so few 1x1 filters take as long as reading the input")
+        if r * s == 1 and p.channels_last and pixels <= CPU_DIRECT_POINTWISE_PIXELS:
+            return Plan("direct", f"{pixels:,} pixels do not repay the preparations of a matrix product")
         if r * s > 1 and p.channels >= CPU_DIRECT_CHANNELS:
             return Plan("direct", f"{r * s} taps of {p.channels} channels repay the copy of a block")
         if r * s > 1 and p.learned * CPU_DIRECT_TILE <= p.filters * p.channels:
@@ -351,7 +372,6 @@ def _by_measured_limits(p: Problem) -> Plan:
     blocks, all_blocks = (-(-count // p.groups // CPU_FILTER_BLOCK) for count in (p.learned, p.filters))
     if blocks == all_blocks:
         return Plan("full", f"the learned filters fill as many blocks of {CPU_FILTER_BLOCK} as all do, {blocks}")
-    pixels = p.batch * p.output_size[0] * p.output_size[1]
     saved = (all_blocks - blocks) * CPU_FILTER_BLOCK * p.channels * r * s * pixels
     if saved < CPU_CALL_MULTIPLY_ADDS:
         return Plan("full", f"the {saved:,} multiply-adds of the fixed filters cost less than another call")

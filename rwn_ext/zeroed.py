@@ -8,6 +8,7 @@ takes the constants in as one small map that all images share.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 from torch.utils._pytree import tree_map
 
 from rwn_ext import ops
@@ -57,7 +59,7 @@ def conv2d(
         varying = _convolve(batched, weight, own, layer.stride, layer.padding, layer.dilation)
     else:
         seen = dense(batched) if partition.inputs.is_full else ops.copy_channels(dense(batched), partition.seen)
-        varying = F.conv2d(seen, weight, own, layer.stride, layer.padding, layer.dilation)
+        varying = _library_conv2d(seen, weight, own, layer.stride, layer.padding, layer.dilation)
     output = Compact(varying, partition.block, rest)
     if _folding.depth and not torch.compiler.is_compiling() and input.dim() == 4 and not partition.block.is_full:
         return output
@@ -93,7 +95,8 @@ class Compact:
     """An (N, C, H, W) activation of which only `channels` vary over batch and image; each other one is one number.
 
     `varying` is (N, len(channels), H, W); `rest` holds the other channels' values in order, None for zeros.
-    Torch functions that know it keep it compact, all others get the whole tensor.
+    Torch functions that know it keep it compact, all others get the whole tensor, and so do operators. It is no
+    torch.Tensor, but what changes it in place, changes it for all who hold it.
     """
 
     __slots__ = ("channels", "rest", "varying")
@@ -113,13 +116,16 @@ class Compact:
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
+        if handler is None and args and isinstance(args[0], Compact) and _in_place(func.__name__):
+            return func(args[0]._become(args[0].dense()).varying, *tree_map(dense, args[1:]), **tree_map(dense, kwargs))
         result = handler(*args, **kwargs) if handler else None
         return func(*tree_map(dense, args), **tree_map(dense, kwargs)) if result is None else result
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.dense(), name)
+        whole = self.dense()
+        return getattr(self._become(whole).varying if _in_place(name) else whole, name)
 
     @property
     def shape(self) -> torch.Size:
@@ -162,10 +168,47 @@ class Compact:
     def __radd__(self, other: Any) -> Any:
         return other + self.dense()
 
+    def _become(self, value: Tensor | Compact) -> Compact:
+        """Takes this value, for all who hold it."""
+        if not isinstance(value, Compact):
+            value = Compact(value, Subset.full(value.size(1)), None)
+        self.varying, self.channels, self.rest = value.varying, value.channels, value.rest
+        return self
+
     def _rest_vector(self) -> Tensor:
         """The constants in a (C,) vector, zeros where channels vary."""
         assert self.rest is not None
         return spread(self.rest, self.channels.complement, 0)
+
+
+def _in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _add_operators() -> None:
+    """Python looks for these in the class alone."""
+
+    def of_whole(function: Callable) -> Callable:
+        return lambda *operands: function(*map(dense, operands))
+
+    def reflected(function: Callable) -> Callable:
+        return lambda right, left: function(dense(left), dense(right))
+
+    def in_place(function: Callable) -> Callable:
+        return lambda left, right: left._become(function(left, right))
+
+    arithmetic = ("sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+    for name in (*arithmetic, "eq", "ne", "lt", "le", "gt", "ge", "neg", "abs", "getitem"):
+        setattr(Compact, f"__{name}__", of_whole(getattr(operator, name)))
+    for name in arithmetic:
+        setattr(Compact, f"__r{name}__", reflected(getattr(operator, name)))
+    for name in ("add", *arithmetic):
+        setattr(Compact, f"__i{name}__", in_place(getattr(operator, name)))
+    for function in (len, iter):
+        setattr(Compact, f"__{function.__name__}__", of_whole(function))
+
+
+_add_operators()
 
 
 def dense(value: Any) -> Any:
@@ -233,7 +276,7 @@ def _by_group_class(
         biases = None if bias is None else _take(bias, members.rows, 0)
         groups = ops.run_length(members.groups)
         filters = _take(weight, members.rows, 0)
-        parts.append(F.conv2d(own, filters, biases, layer.stride, layer.padding, layer.dilation, groups))
+        parts.append(_library_conv2d(own, filters, biases, layer.stride, layer.padding, layer.dilation, groups))
     if len(parts) == 1:
         return parts[0]
     order = [row for members in classes for row in ops.run_indices(members.rows)]
@@ -259,8 +302,18 @@ def _convolve(
             return spread(_resized(input.varying, shared), Subset.empty(weight.size(0)), 1) + shared
         bias = None
     own = _take(weight, input.channels.runs, 1)
-    output = F.conv2d(input.varying, own, bias, stride, padding, dilation)
+    output = _library_conv2d(input.varying, own, bias, stride, padding, dilation)
     return output if input.rest is None else output + shared.contiguous(memory_format=ops.memory_format(output))
+
+
+def _library_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int = 1
+) -> Tensor:
+    """`F.conv2d`, spared what its backward cannot do (see `ops.visited`)."""
+    if not isinstance(padding, str):
+        kernel_size = (weight.size(2), weight.size(3))
+        input, stride = ops.visited(input, kernel_size, _pair(stride), _pair(padding), groups)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _resized(empty: Tensor, like: Tensor) -> Tensor:
@@ -297,9 +350,11 @@ def _batch_norm(
         if mean is not None and var is not None:
             moved = torch.lerp(mean, constants.to(mean.dtype), momentum), var * (1 - momentum)
             _put_back(moved, (running_mean, running_var), others)
-        if beta is not None and gamma is not None and not own:
-            # As in the whole network, gamma then has a gradient, of zeros.
-            beta = beta + 0 * gamma
+        if not own:
+            # As in the whole network, gamma and what made the constants then have a gradient, of zeros.
+            for unseen in (gamma, input.rest):
+                if unseen is not None and unseen.requires_grad:
+                    beta = 0 * unseen if beta is None else beta + 0 * unseen
         return Compact(values, input.channels, beta)
     assert mean is not None and var is not None
     rest = (constants - mean) * torch.rsqrt(var + eps)
@@ -374,6 +429,8 @@ def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = 
 def _pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Compact | None:
     if len(pad) > 4 or (mode == "constant" and (value or input.rest is not None)):
         return None
+    # Of no channels the size alone counts, and other modes refuse them.
+    mode = "constant" if input.channels.is_empty else mode
     return Compact(F.pad(input.varying, pad, mode, value), input.channels, input.rest)
 
 

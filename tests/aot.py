@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from rwn_ext.kernels import tiles
+from rwn_ext.kernels import affine_relu, tiles
 from rwn_ext.kernels import weight_grad as launcher
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -66,6 +66,7 @@ def launches(case: dict[str, Any]) -> list[tuple[JITFunction, tuple, dict]]:
     learned = sum(runs[1::2]) - sum(runs[::2])
     out = torch.empty(learned, c // groups, r, s, dtype=dtype)
     affine = launcher.Affine(torch.empty(x.size(1)), torch.empty(x.size(1))) if case.get("affine") else None
+    bias = torch.empty(learned, dtype=dtype) if case.get("bias") else None
     geometry = launcher._Geometry((r, s), stride, padding, (1, 1))
     precision = case["dtype"] if dtype == torch.float32 else "ieee"
 
@@ -76,9 +77,13 @@ def launches(case: dict[str, Any]) -> list[tuple[JITFunction, tuple, dict]]:
     if "block" in case:
         tiles.cut = lambda *args, **kwargs: _with_block(cut(*args, **kwargs), *case["block"], case, dtype)
     try:
+        if case["family"] == "affine_relu":
+            affine_relu.affine_relu_backward(x, x, *affine, out=x)
+            return recorded
         launcher._launch(
-            case["family"], grad_output, x, filters, geometry, out, affine, precision, case.get("last_block", False)
-        )
+            case["family"], grad_output, x, filters, geometry, out, bias, affine, precision,
+            case.get("last_block", False),
+        )  # fmt: skip
     finally:
         JITFunction.run, launcher._chip, tiles.cut = run, chip, cut
     return recorded

@@ -27,6 +27,9 @@ if importlib.util.find_spec("hypothesis"):
     )
     settings.load_profile("rwn_ext")
 
+# What is compared with float64 is float32, not what convolutions on a GPU make of it unless told otherwise.
+torch.backends.cudnn.allow_tf32 = False
+
 # On tensors this small threads only wait for each other.
 torch.set_num_threads(1)
 

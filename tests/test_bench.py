@@ -7,10 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from bench import readme, report
-from bench.group import PLAIN, Group, ratio
-from bench.results import ResultsError, load
+from bench import networks, readme, report, turns, wire
+from bench.competitors import CHECKPOINTED, FROZEN, LEAN, LORA, OTHERS, OURS, PLAIN, WAYS, rivals, with_convolutions
+from bench.floors import convolution_floor, network_floor, predicted
+from bench.group import WHOLE, Group, ratio
+from bench.networks import Step, checkpointed
+from bench.oracle import LayerOracle, NetworkOracle, WrongResultError
+from bench.page import page
+from bench.rates import Rates
+from bench.results import Results, ResultsError, load
+from bench.turns import FEWEST, Effort, in_turns
+from rwn_ext import ops, planner
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {
@@ -21,11 +31,29 @@ MACHINE = {
 
 def written(folder: Path, seconds: dict[str, list[float]], **machine: object) -> Path:
     """A results folder with one group of these rounds."""
-    group = Group("layer", "a layer", {"p": 0.1}, seconds, (PLAIN,), {"forward": seconds}, {"rwn_ext": 2_000_000})
-    benchmarks = [group.facts(name) | {"stats": {"median": 0.001, "iqr": 0.0001, "rounds": 9}} for name in seconds]
+    kept = dict.fromkeys(seconds, 2_000_000)
+    return saved(
+        folder,
+        Group("layer", "a layer", {"p": 0.1}, seconds, (PLAIN,), {"forward": seconds}, kept, rivals=others(seconds)),
+        **machine,
+    )
+
+
+def others(names) -> dict[str, list[str]]:
+    return {name: found for name in names if (found := rivals(name, names))}
+
+
+def saved(folder: Path, *groups: Group, **machine: object) -> Path:
+    """A results folder with these groups."""
+    benchmarks = [
+        group.facts(name) | {"stats": {"median": 0.001, "iqr": 0.0001, "rounds": 9}}
+        for group in groups
+        for name in group.seconds
+    ]
     content = {
         "machine_info": MACHINE | machine, "commit_info": {"id": "c" * 40, "time": "", "dirty": False},
         "benchmarks": benchmarks, "datetime": "2026-01-01",
+        "tests": {"files": ["tests/test_some.py"], "outcome": "passed"},
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(content))
@@ -47,13 +75,62 @@ def test_a_ratio_is_taken_within_rounds_and_its_interval_holds_most_of_them():
 
 
 def test_page_marks_what_loses(tmp_path):
-    folder = written(tmp_path / "new", {PLAIN: steady(1.0), "rwn_ext": steady(1.2), "sliced aten": steady(1.3)})
-    page = report.page(load(folder))
-    assert "* layer, a layer, p 0.1: rwn_ext takes 1.20 [1.20, 1.20] of nn.Conv2d's time" in page
-    assert "**rwn_ext** (loses)" in page and "sliced aten takes" not in page
-    assert "| 2.00 |" in page and "20 GB/s" in page and "cccccccccc" in page
-    winning = written(tmp_path / "winning", {PLAIN: steady(1.0), "rwn_ext": steady(0.8)})
-    assert "Nowhere" in report.page(load(winning))
+    folder = written(tmp_path / "new", {PLAIN: steady(1.0), OURS: steady(1.2), "sliced aten": steady(1.1)})
+    text = page(load(folder))
+    assert "It is slower in 2 of 2 comparisons" in text
+    assert "| layer | a layer, p 0.1 | rwn_ext, nn.Conv2d | 1.20 [1.20, 1.20] |" in text
+    assert "| layer | a layer, p 0.1 | rwn_ext, sliced aten | 1.09 [1.09, 1.09] |" in text
+    assert "of the comparisons made: 2 of 2 (layer)." in text
+    assert "**rwn_ext** (loses)" in text and "sliced aten, " not in text
+    assert "| 2.00 |" in text and "20 GB/s" in text and "cccccccccc" in text
+    assert "Tested before: tests/test_some.py (passed)." in text
+    winning = written(tmp_path / "winning", {PLAIN: steady(1.0), OURS: steady(0.8), "sliced aten": steady(0.9)})
+    assert "In none of 2 comparisons" in page(load(winning)) and "(loses)" not in page(load(winning))
+
+
+def test_what_keeps_more_than_plain_is_named(tmp_path):
+    rounds = {PLAIN: steady(1.0), OURS: steady(0.8)}
+    group = Group("layer", "a layer", {"p": 0.1}, rounds, kept={PLAIN: 100, OURS: 110}, rivals=others(rounds))
+    assert "rwn_ext keeps 1.10 of nn.Conv2d's bytes" in page(load(saved(tmp_path, group)))
+
+
+def test_the_answer_comes_first(tmp_path):
+    groups = []
+    for net, share, kept in (("net a", 0.6, 50), ("net b", 0.8, 30)):
+        rounds = {
+            PLAIN: steady(1.0), FROZEN: steady(0.5), f"{OURS} p = 0.1": steady(share), f"{LEAN} p = 0.1": steady(0.9),
+            f"{LORA} p = 0.1": steady(0.95), "sliced aten p = 0.1": steady(0.7),
+        }  # fmt: skip
+        more = {PLAIN: {"kept_bytes": 100, "training_bytes": 40}, f"{LEAN} p = 0.1": {"kept_bytes": kept}}
+        more[f"{OURS} p = 0.1"] = {"kept_bytes": 100, "training_bytes": 10}
+        groups.append(Group("step", net, {"batch": 4}, rounds, more=more, rivals=others(rounds)))
+    answer = page(load(saved(tmp_path, *groups))).split("##")[0]
+    assert "takes 0.60 to 0.80 of `nn.Conv2d`'s time (0.70 in the median of 2 networks)" in answer
+    assert "with nothing learned at all, which is the ceiling, it takes 0.50" in answer
+    assert "keeps 0.30 to 0.50 of the bytes for backward**, and takes 0.90 of the time" in answer
+    assert "Gradients and optimizer state need 0.25 of the memory." in answer
+    # net b loses to sliced aten, and so does the lean model of either; LoRA is not the fastest.
+    assert "| net b | 1 ms | 0.80 | 0.50 | 0.70 (sliced aten) | 0.30 |" in answer
+    assert "slower in 3 of 12 comparisons" in answer
+
+
+def test_rivals_do_the_same():
+    names = [PLAIN, FROZEN, *(f"{way} p = {p}" for way in (OURS, LEAN, LORA) for p in (0.1, 0.4)), CHECKPOINTED,
+             f"compiled {PLAIN}", f"compiled {OURS} p = 0.1"]  # fmt: skip
+    assert rivals(f"{OURS} p = 0.1", names) == [PLAIN, f"{LORA} p = 0.1"]
+    assert rivals(f"{LEAN} p = 0.4", names) == [PLAIN, f"{LORA} p = 0.4"]
+    assert rivals(f"compiled {OURS} p = 0.1", names) == [f"compiled {PLAIN}"]
+    assert rivals(PLAIN, names) == rivals(FROZEN, names) == rivals(CHECKPOINTED, names) == []
+    assert rivals(OURS, WAYS) == [PLAIN, *OTHERS]
+
+
+def test_memory_has_its_section_where_it_was_measured(tmp_path):
+    folder = written(tmp_path, {PLAIN: steady(1.0), OURS: steady(0.8)})
+    assert "## Memory" not in page(load(folder))
+    case = {"case": "wrn-28-4, p=.1", "process": 0.514, "allocator": 0.509, "target": 0.52}
+    (folder / "memory.json").write_text(json.dumps({"text": "Of plain nn.", "cases": [case]}))
+    assert "Of plain nn.\n\n| case | process | allocator | target |" in page(load(folder))
+    assert "| wrn-28-4, p=.1 | 0.514 | 0.509 | 0.520 |" in page(load(folder))
 
 
 def test_report_writes_the_page_and_its_pictures(tmp_path, capsys):
@@ -76,6 +153,30 @@ def test_noise_is_no_regression(tmp_path):
     old = written(tmp_path / "old", {PLAIN: steady(1.0), "rwn_ext": steady(0.5)})
     new = written(tmp_path / "new", {PLAIN: steady(1.0), "rwn_ext": noisy})
     assert report.regressions(load(new), load(old)) == []
+
+
+def test_kernels_and_bytes_regress_too(tmp_path, capsys):
+    def results(name: str, seconds: float, kept: int, **machine: object) -> Results:
+        rounds = {WHOLE: steady(1.0), OURS: steady(seconds), "unfold": steady(seconds)}
+        kernel = Group("kernel", "a layer", {"learned": "4/64"}, rounds, (WHOLE,))
+        rounds = {PLAIN: steady(1.0), OURS: steady(0.5), "sliced aten": steady(seconds)}
+        layer = Group("layer", "a layer", {"p": 0.1}, rounds, kept={PLAIN: 1_000_000, OURS: kept})
+        return load(saved(tmp_path / name, kernel, *([layer] if kept else []), **machine))
+
+    old, new = results("old", 0.5, 1_000_000), results("new", 0.6, 1_100_000)
+    found = report.regressions(new, old)
+    # What others do is not ours to mend.
+    assert found == [
+        "kernel, a layer, learned 4/64: rwn_ext 0.50 [0.50, 0.50] -> 0.60 [0.60, 0.60] of full wgrad's time",
+        "layer, a layer, p 0.1: rwn_ext keeps 1.00 -> 1.10 MB for backward",
+    ]
+    assert report.notes(new, old) == []
+    fewer = results("fewer", 0.5, 0, torch="2.11")
+    assert report.notes(fewer, old) == [
+        "note: torch was 2.13, is 2.11", "note: 1 of 2 earlier measurements have no counterpart"
+    ]  # fmt: skip
+    assert report.main([str(tmp_path / "fewer"), "--against", str(tmp_path / "old")]) == 0
+    assert "no counterpart" in capsys.readouterr().out
 
 
 def test_folders_that_hold_no_results_are_named(tmp_path, capsys):
@@ -105,3 +206,146 @@ def test_nothing_is_measured_while_the_tests_are_red(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "so nothing is measured" in done.stdout + done.stderr and "median ms" not in done.stdout
+
+
+def convolution(groups: int) -> tuple[nn.Conv2d, LayerOracle]:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 6, 3, 2, padding=1, groups=groups, bias=False)
+    x = torch.randn(2, 6, 7, 7).requires_grad_()
+    return conv, LayerOracle(conv, x, torch.randn(2, 6, 4, 4))
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_computes_a_convolution(way: str, groups: int):
+    if way == LORA and groups > 1:
+        pytest.skip("it is for dense convolutions")
+    conv, exact = convolution(groups)
+    exact.check(way, WAYS[way](conv, 2), 0 if way == FROZEN else 2)
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    # Large enough for the planner not to compute all filters.
+    conv = nn.Conv2d(16, 32, 3, padding=1, bias=False)
+    exact = LayerOracle(conv, torch.randn(8, 16, 16, 16).requires_grad_(), torch.randn(8, 32, 16, 16))
+    right = ops.conv2d_weight_grad
+    monkeypatch.setattr(ops, "conv2d_weight_grad", lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+    with pytest.raises(WrongResultError, match=r"grad_weight of rwn_ext is off by 0.001"):
+        exact.check(OURS, WAYS[OURS](conv, 4), 4)
+    wrong = WAYS[PLAIN](conv, 4)
+    with torch.no_grad():
+        wrong.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(WrongResultError, match="output of plain is off by nan"):
+        exact.check("plain", wrong, 4)
+
+
+def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
+    exact = NetworkOracle.of(networks.model_of("wrn-10-1", PLAIN), images, labels)
+    assert len(exact.gradients) == 9
+    for row in (PLAIN, FROZEN, CHECKPOINTED, *(f"{way} p = 0.4" for way in (OURS, LEAN, *OTHERS))):
+        model = networks.model_of("wrn-10-1", row)
+        exact.check(row, model, model, images, labels)
+        assert model.training and all(p.grad is None for p in model.parameters())
+    with pytest.raises(WrongResultError, match="loss of other"):
+        other = networks.build("wrn-10-1", 10, 0.4, seed=1)
+        exact.check("other", other, other, images, labels)
+    # The gradient of other filters.
+    right = ops.conv2d_weight_grad
+    monkeypatch.setattr(ops, "conv2d_weight_grad", lambda *args, **kwargs: right(*args, **kwargs).flip(0))
+    with pytest.raises(WrongResultError, match="grad_weight of"):
+        model = networks.model_of("wrn-10-1", f"{OURS} p = 0.4")
+        exact.check("flipped", model, model, images, labels)
+
+
+def test_the_bytes_a_checkpointed_step_keeps_are_the_allocator_s(monkeypatch: pytest.MonkeyPatch):
+    """Of two checkpointed units the input of each, of which the first is the images; of plain layers their inputs."""
+
+    def unit() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False))
+
+    def network() -> nn.Module:
+        return nn.Sequential(unit(), unit(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+    images, labels, activation = torch.randn(8, 4, 32, 32), torch.randint(10, (8,)), 4 * 8 * 4 * 32 * 32
+    random_state = 2 * len(torch.get_rng_state())  # which recomputation starts from
+    for make, kept in ((network, 4), (lambda: checkpointed(network()), 2)):
+        monkeypatch.setattr(networks, "model_of", lambda net, row, make=make: make())
+        found = Step("wrn-10-1", PLAIN, images, labels).memory()
+        # The pooling keeps its input's sizes alone, but the graph holds what it returns: a few hundred numbers.
+        extra = found["kept_bytes"] - (kept - 1) * activation
+        assert 0 <= extra < random_state + 4096, (found, kept)
+        weights = 4 * sum(p.numel() for p in network().parameters())
+        assert found["training_bytes"] == 2 * weights
+        assert found["peak_bytes"] > found["kept_bytes"] + 2 * weights
+
+
+def test_rounds_fit_into_the_time_but_are_enough(monkeypatch: pytest.MonkeyPatch):
+    assert [Effort(10, 9, 41).rounds(seconds) for seconds in (100, 1, 0.5, 0.01)] == [9, 10, 20, 41]
+    called: list[str] = []
+    seconds = in_turns({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, Effort(0, FEWEST, FEWEST))
+    assert [len(times) for times in seconds.values()] == [FEWEST, FEWEST]
+    assert len(called) == 2 * (2 + FEWEST)
+    # With fewer rounds not even the extremes bound the median with 95 % confidence.
+    assert 2 * 0.5**FEWEST <= 0.05 < 2 * 0.5 ** (FEWEST - 1)
+    assert turns.Effort(1).least >= FEWEST
+
+
+RATE = Rates(bytes_per_second=1e9, flops_per_second=1e10)
+
+
+def test_the_floor_is_bytes_or_operations():
+    sizes = (2, 3, 8, 8), (4, 3, 3, 3), (2, 4, 8, 8)
+    x, w, y = 384, 108, 512
+    # Bound by operations: 27 multiply-adds an output.
+    slow = Rates(1e12, 1e9)
+    assert convolution_floor(slow, *sizes, 4, 4) == pytest.approx(3 * 2 * 27 * y / 1e9)
+    assert convolution_floor(slow, *sizes, 1, 4) == pytest.approx(2.25 * 2 * 27 * y / 1e9)
+    fast = Rates(1e6, 1e15)
+    assert convolution_floor(fast, *sizes, 0, 4) == pytest.approx(2 * 4 * (x + w + y) / 1e6)
+    assert convolution_floor(fast, *sizes, 1, 4, input_gradient=False) == pytest.approx(
+        4 * (x + w + y) / 1e6 + 4 * (x + (y + w) / 4) / 1e6
+    )
+
+
+def test_the_floor_of_a_network_is_the_sum_of_its_layers(monkeypatch: pytest.MonkeyPatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 3, padding=1))
+    images = torch.randn(2, 3, 8, 8)
+    first = (2, 3, 8, 8), (4, 3, 3, 3), (2, 4, 8, 8)
+    second = (2, 4, 8, 8), (8, 4, 3, 3), (2, 8, 8, 8)
+
+    def expected(learned: tuple[int, int], relu_passes: int) -> float:
+        # The images need no gradient; what lies above something learned does.
+        total = convolution_floor(RATE, *first, learned[0], 4, input_gradient=False)
+        total += relu_passes * 2 * 4 * 512 / 1e9
+        return total + convolution_floor(RATE, *second, learned[1], 4, input_gradient=learned[0] > 0)
+
+    assert network_floor(model, images, RATE, 4) == pytest.approx(expected((4, 8), 2))
+    assert model.training
+    half = with_convolutions(model, WAYS[OURS], 0.5)
+    assert network_floor(half, images, RATE, 4) == pytest.approx(expected((2, 4), 2))
+    half[0].requires_grad_(False)
+    assert network_floor(half, images, RATE, 4) == pytest.approx(expected((0, 4), 1))
+
+
+def test_the_prediction_knows_what_is_planned(monkeypatch: pytest.MonkeyPatch):
+    conv = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+    x = torch.randn(8, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+
+    def share(way: str) -> float:
+        ours, plain = (predicted(WAYS[name](conv, 8), conv, x, Rates(1e12, 1e9)) for name in (way, PLAIN))
+        return ours / plain
+
+    assert share(FROZEN) == pytest.approx(2 / 3) and share(OURS) == pytest.approx((2 + 1 / 4) / 3)
+    monkeypatch.setattr(planner, "plan", lambda problem: planner.Plan("full", "asked for"))
+    assert share(OURS) == pytest.approx(1)
+
+
+def test_sockets_count_what_ddp_sends():
+    """A ring of two processes sends the gradients once."""
+    found = wire.sent(2, [0.1])
+    assert found.keys() == {(2, 0.1)}
+    assert found[2, 0.1] == pytest.approx(wire.gradient_bytes(0.1), rel=0.02)
+    assert wire.gradient_bytes(0.1) < 0.11 * wire.gradient_bytes(1.0)

@@ -27,12 +27,12 @@ def python(code: str) -> tuple[str, ...]:
 
 
 def test_the_default_plan_takes_less_than_eight_minutes_and_leaves_nothing_out(tmp_path):
-    default, full = (stages(tmp_path, full, nvcc=True) for full in (False, True))
+    default, full = (stages(tmp_path, full, csrc=True) for full in (False, True))
     assert sum(stage.seconds for stage in default) <= gpu.SECONDS == 480
     assert [stage.name for stage in default] == [stage.name for stage in full if stage.name != "curve"]
     assert {"wrn-28-10", "wrn-28-4", "vgg19-bn", "densenet-bc-100-12", "resnet-18", "resnet-50"} == set(gpu.NETWORKS)
     assert ("make", "gpu-csrc") in default[1].commands
-    assert "csrc" not in [stage.name for stage in stages(tmp_path, False, nvcc=False)]
+    assert "csrc" not in [stage.name for stage in stages(tmp_path, False, csrc=False)]
     assert all((ROOT / test).exists() for test in gpu.TESTS)
 
 

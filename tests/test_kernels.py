@@ -157,6 +157,41 @@ def test_the_operand_may_be_normalised_while_it_is_read(case: Case, layout: torc
 LONG = Case("stationary", 4, 20, 31, 29, 8, (3, 3), (1, 2, 5, 8), padding=(1, 1))
 
 
+def geometry_of(case: Case) -> tuple:
+    """The arguments of `sums_bias` behind the family."""
+    geometry = (case.kernel_size, case.stride, case.padding, case.dilation)
+    return geometry, (case.h, case.w), case.output_size[2:]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("last_block", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in CASES if launcher.sums_bias(case.family, *geometry_of(case))),
+        LONG._replace(n=2),
+        Case("stationary", 1, 8, 13, 11, 160, (1, 1), (1, 150)),  # more filters than columns of a tile
+        LONG._replace(family="pointwise", kernel_size=(1, 1), padding=(0, 0)),
+        LONG._replace(family="depthwise", k=20, groups=20, runs=(1, 2, 5, 19)),
+    ],
+    ids=str,
+)
+def test_the_bias_is_summed_in_the_same_pass(case: Case, layout: torch.memory_format, last_block: bool):
+    x, grad_output = operands(case, torch.float32, layout)
+    bias = torch.full((len(case.chosen),), torch.nan, device=DEVICE)
+    actual = case.actual(x, grad_output, torch.float32, bias=bias, last_block=last_block)
+    assert torch.equal(actual.double(), case.expected(x, grad_output))
+    assert torch.equal(bias.double(), grad_output[:, case.chosen].double().sum((0, 2, 3)))
+
+
+def test_a_bias_that_no_tap_sees_whole_is_refused_in_words():
+    crop = CASES[5]  # a padding wider than the filter: every tap meets some of it
+    assert not launcher.sums_bias(crop.family, *geometry_of(crop))
+    x, grad_output = operands(crop, torch.float32, NHWC)
+    with pytest.raises(ValueError, match=r"stationary cannot sum the bias of .*padding=\(3, 5\)"):
+        crop.actual(x, grad_output, torch.float32, bias=torch.empty(3, device=DEVICE))
+
+
 def test_many_splits_sum_to_the_same_by_one_launch_and_by_two():
     x, grad_output = operands(LONG, torch.float32, NHWC, torch.randn)
     one, two = (LONG.actual(x, grad_output, torch.float32, last_block=last) for last in (True, False))
@@ -274,7 +309,11 @@ def geometries(draw) -> Case:
 @given(case=geometries(), layout=st.sampled_from([NCHW, NHWC]))
 def test_any_geometry(case: Case, layout: torch.memory_format):
     x, grad_output = operands(case, torch.float32, layout)
-    assert torch.equal(case.actual(x, grad_output, torch.float32).double(), case.expected(x, grad_output))
+    bias = None
+    if launcher.sums_bias(case.family, *geometry_of(case)):
+        bias = torch.full((len(case.chosen),), torch.nan, device=DEVICE)
+    assert torch.equal(case.actual(x, grad_output, torch.float32, bias=bias).double(), case.expected(x, grad_output))
+    assert bias is None or torch.equal(bias.double(), grad_output[:, case.chosen].double().sum((0, 2, 3)))
 
 
 def test_cpu_tensors_outside_the_interpreter_are_refused_in_words():

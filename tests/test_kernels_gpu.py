@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwn_ext import PartialConv2d, planner
+import rwn_ext
+from rwn_ext import PartialConv2d, ops, planner
 
 pytest.importorskip("triton")
 from rwn_ext.kernels import tiles, weight_grad
@@ -99,6 +101,11 @@ def expected(size: Size, grad_output: Tensor, x: Tensor) -> Tensor:
     return total
 
 
+def sums_bias(size: Size) -> bool:
+    pairs = (size.r, size.r), (size.stride, size.stride), (size.r // 2, size.r // 2), (1, 1)
+    return weight_grad.sums_bias(size.family, pairs, (size.size, size.size), (size.output_size, size.output_size))
+
+
 def actual(size: Size, grad_output: Tensor, x: Tensor, precision: str = "ieee", **how) -> Tensor:
     """Into memory that holds NaN."""
     shape = (len(size.chosen), size.c // size.groups, size.r, size.r)
@@ -123,6 +130,59 @@ def assert_exact_every_time(size: Size, numbers: str, layout: str, **how) -> Non
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_family_is_exact_for_whole_numbers(size: Size, numbers: str, layout: str):
     assert_exact_every_time(size, numbers, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("numbers", ["bf16", "fp16", "ieee"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_family_reads_through_norm_and_relu_and_sums_the_bias(size: Size, numbers: str, layout: str):
+    """Whole numbers again, of which -3 ... 3 times -1 ... 1 plus -1 ... 1 are exact in every format."""
+    grad_output, x = operands(size, NUMBERS[numbers], LAYOUTS[layout])
+    make = torch.Generator(DEVICE).manual_seed(1)
+    affine = weight_grad.Affine(
+        *(torch.randint(-1, 2, (x.size(1),), generator=make, device=DEVICE).float() for _ in range(2))
+    )
+    reference = expected(size, grad_output, ops.affine_relu(x, *affine))
+    for last_block in (None, True):
+        bias = torch.full((len(size.chosen),), torch.nan, device=DEVICE) if sums_bias(size) else None
+        for _ in range(REPEATS):
+            found = actual(size, grad_output, x, affine=affine, bias=bias, last_block=last_block)
+            assert torch.equal(found.double(), reference)
+            assert bias is None or torch.equal(bias.double(), grad_output[:, size.chosen].double().sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_gradient_of_the_relu_needs_no_y(dtype: torch.dtype, layout: str):
+    """The very places where what the kernels make of x is positive: rounded once after each operation."""
+    x, grad = (torch.randn(64, 67, 33, 31, device=DEVICE).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2))
+    scale, shift = (torch.randn(67, device=DEVICE) for _ in range(2))
+    y = ops.affine_relu(x, scale, shift)
+    assert torch.equal(ops.affine_relu_backward(grad, x, scale, shift), torch.where(y > 0, grad, 0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["train", "frozen"])
+def test_lean_training_on_a_gpu_is_the_plain_one_within_rounding(norm: str, dtype: torch.dtype, layout: str):
+    """Gradients differ by roundings: of a pre-activation next to zero the ReLU may decide otherwise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 32, 1),
+    ).to(DEVICE, dtype, memory_format=LAYOUTS[layout])  # fmt: skip
+    x = torch.randn(32, 3, 32, 32, device=DEVICE).to(dtype).to(memory_format=LAYOUTS[layout])
+    grads = []
+    for lean, algorithm in ((False, "full"), (True, "triton"), (True, "auto")):
+        converted = rwn_ext.convert(copy.deepcopy(model), trainable=0.1, norm=norm, lean=lean, algorithm=algorithm)
+        output = converted(x)
+        output.backward(
+            torch.randn(output.shape, generator=torch.Generator(DEVICE).manual_seed(2), device=DEVICE).to(output)
+        )
+        grads.append([p.grad.double() for p in converted.parameters() if p.grad is not None])
+    for other in grads[1:]:
+        for ours, plain in zip(other, grads[0], strict=True):
+            assert (ours - plain).norm() <= 0.02 * plain.norm() + 1e-3
 
 
 @pytest.mark.parametrize("last_block", [False, True])
@@ -150,7 +210,14 @@ def configurations() -> Iterator[tuple[str, str, int, int]]:
 @pytest.mark.parametrize(("numbers", "layout", "block_channels", "block_columns"), list(configurations()))
 def test_every_shipped_configuration_is_exact(numbers, layout, block_channels, block_columns, monkeypatch):
     monkeypatch.setattr(tiles, "_blocks", lambda *_: (block_channels, block_columns))
-    assert_exact_every_time(Size("stationary", 16, 96, 28, 64, 3, (3, 21)), numbers, layout)
+    size = Size("stationary", 16, 96, 28, 64, 3, (3, 21))
+    assert_exact_every_time(size, numbers, layout)
+    # And as it reads through a norm and a ReLU that change nothing of what is not negative.
+    affine = weight_grad.Affine(torch.ones(96, device=DEVICE), torch.zeros(96, device=DEVICE))
+    grad_output, x = operands(size, NUMBERS[numbers], LAYOUTS[layout])
+    precision = numbers if NUMBERS[numbers] == torch.float32 else "ieee"
+    found = actual(size, grad_output, x, precision, affine=affine)
+    assert torch.equal(found.double(), expected(size, grad_output, x.relu()))
 
 
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[4], SIZES[6], SIZES[8]], ids=str)

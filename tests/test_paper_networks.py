@@ -153,7 +153,7 @@ def test_input_channels_are_chosen_along_dimension_one(frozen):
     conv = network.block2[0].conv2
     assert conv.weight_trainable.shape == (32, 8, 3, 3) and conv.inputs.indices == tuple(range(24, 32))
     assert conv.weight[:, :24].any() == (frozen == "random")
-    assert network.conv1.weight_trainable is None
+    assert network.conv1.inputs.indices == (2,), "at least one"
 
 
 def test_filters_can_be_chosen_by_their_magnitude():
@@ -307,3 +307,15 @@ def test_wrong_choices_name_the_value(arguments, message):
 def test_wrong_dimensions_and_selections_name_the_value(options, message):
     with pytest.raises(ValueError, match=message):
         build("wrn-10-1", 10, **options)
+
+
+@pytest.mark.parametrize("frozen", ["random", "zero"])
+def test_at_least_one_input_channel_is_learned(frozen):
+    """A tenth of the images' three channels is none; zeroed, the network would see nothing."""
+    network = build("densenet-bc-22-12", 10, 0.1, dim=1, frozen=frozen, seed=0)
+    assert network.conv1.inputs.indices == (2,) and len(network.conv1.filters) == 24
+    assert network.block1[0].conv1.inputs.indices == (22, 23)
+    assert network.conv1.weight_trainable.shape == (24, 1, 3, 3)
+    if frozen == "zero":
+        x = torch.randn(4, 3, 16, 16)
+        assert network(x).std(0).min() > 0

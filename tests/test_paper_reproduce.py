@@ -29,10 +29,12 @@ def pretend(reproduction, accuracy):
         if cell.program != "train":
             names = {"ensemble": ["member1", "member2"], "tasks": ["upright", "turned"], "transfer": ["conv1", "all"]}
             rows = [
-                {"name": name, "learned_weights": 1000, "stored_bytes": 5000, "accuracy": best}
+                {"name": name, "learned_weights": 1000, "stored_bytes": 5000, "accuracy": best, "seconds": 3.0}
                 for name in names[cell.program]
             ]
-            results = {"rows": rows} | ({"ensemble_accuracy": best, "mean_member_accuracy": best - 3})
+            results = {"rows": rows, "stored_bytes": 10_000} | (
+                {"ensemble_accuracy": best, "mean_member_accuracy": best - 3}
+            )
             (cell.folder / RESULTS).write_text(json.dumps(results))
         records = [
             {"epoch": i + 1, "test_accuracy": best - abs(cell.epochs - 2 - i), "seconds": 2.0, "learned_weights": 1000}
@@ -54,7 +56,7 @@ def test_the_papers_numbers():
         ({"net": "densenet-bc-100-12", "part": 0.1, "bn": "frozen"}, 10, 61.7, True),
         ({"net": "densenet-bc-100-12", "part": 0.1, "frozen": "zero", "dim": 1}, 1, 13.52, False),
     ):
-        found = mark(choices | {"seed": 3, "device": "cuda"}, epochs)
+        found = mark(choices | {"seed": 3, "device": "cuda", "graph": True}, epochs)
         assert (found.accuracy, found.epochs, found.read_off) == (accuracy, epochs, read_off)
     assert len(marks._rows("table")) == 4 * 7 + 10 + 11 + 6 + 6 + 3 + 3 + 1 + 1
     single, together = marks.ensemble_marks({"net": "densenet-bc-100-12", "only": "fc"}, 1)
@@ -96,16 +98,18 @@ def test_the_figures_show_every_number_of_the_paper():
                 shown.add(marks._key(choices, epochs))
     assert shown == marks._rows("table").keys()
     ensembles = preset("ensembles").choices("cifar", (), 1)
+    adam = preset("ensembles-adam").choices("cifar", (), 1)
+    assert not any(marks.ensemble_marks(choices, choices["epochs"]) for choices in adam)
     assert {marks._key(choices, choices["epochs"]) for choices in ensembles} == marks._rows("ensemble").keys()
 
 
 def test_an_ensemble_beside_the_paper(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce.data, "load", lambda folder: SimpleNamespace(name="cifar10"))
-    figure = Reproduction(preset("ensembles"), tmp_path, tmp_path, prepare=None, jobs=1)
+    figure = Reproduction(preset("ensembles"), tmp_path, tmp_path, prepare=None, rounds=0, jobs=1)
     pretend(figure, lambda choices: 72.0)
     assert figure.run() == 0
     page = (tmp_path / "ensembles" / "figure.md").read_text()
-    assert "| fc | fixed as trained | 69.00 | 68.50 | 72.00 | 1 | 70.25 | +1.75 | 1,000 |" in page
+    assert "| fc | fixed as trained | 69.00 | 68.50 | 72.00 | 1 | 70.25 | +1.75 | 1,000 | 0.010 | 6 |" in page
 
 
 def test_a_page_beside_the_paper(tmp_path, monkeypatch):
@@ -120,6 +124,8 @@ def test_a_page_beside_the_paper(tmp_path, monkeypatch):
     assert tenth["difference"] == pytest.approx(8)
     page = (tmp_path / "ten-epochs" / "figure.md").read_text()
     assert "| 0.1 | zeroed | 71.00 ± 1.41 | 2 | ~63.00 | +8.00 | 1,000 |" in page
+    apart = [abs(row["difference"]) for row in rows.values() if row["paper"]]
+    assert f"Mean absolute difference to the paper: {sum(apart) / 14:.2f} points over 14 rows." in page
     Image.open(tmp_path / "ten-epochs" / "figure.png").verify()
 
 
@@ -134,7 +140,7 @@ def test_shorter_runs_keep_the_mark_without_a_difference(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", presets.names())
 def test_other_data_have_no_marks_and_costs_stand_beside(name, tmp_path):
-    rounds = 1 if name == "bn" else 0
+    rounds = 1 if name in ("bn", "ensembles") else 0
     figure = Reproduction(preset(name), None, tmp_path, prepare=run_of, rounds=rounds, jobs=1)
     pretend(figure, lambda choices: 90.0)
     assert figure.run() == 0
@@ -160,6 +166,9 @@ def test_figures_share_their_runs(tmp_path):
     assert folders[0] == folders[1] and folders[2] < folders[0]
     bf16 = Reproduction(preset("weights"), None, tmp_path, prepare=None, jobs=1, machine_flags={"amp": "bf16"})
     assert not folders[0] & {cell.folder for cell in bf16.sweep.cells}
+    captured = Reproduction(preset("weights"), None, tmp_path, prepare=None, jobs=1, machine_flags={"graph": True})
+    assert folders[0] == {cell.folder for cell in captured.sweep.cells}
+    assert all("--graph" in cell.command() for cell in captured.sweep.cells)
 
 
 def test_list_and_wrong_choices(capsys, tmp_path):

@@ -72,6 +72,7 @@ def test_heuristic(change: dict, picked: str, without_cpu_kernel):
         ({"dtype": "bfloat16"}, False),
         ({"kernel_size": (1, 1), "padding": (0, 0)}, False),
         ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 2}, True),
+        ({"kernel_size": (1, 1), "padding": (0, 0), "batch": 1, "width": 16}, True),
         ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 2, "channels_last": False}, False),
     ],
     ids=str,
@@ -160,6 +161,57 @@ def test_triton_stands_for_its_best_kernel(change: dict, picked: str, monkeypatc
     problem = replace(LAYER, batch=256, height=56, width=56, **change)
     assert plan(problem, "triton").algorithm == picked
     assert plan(replace(problem, device="cuda", dtype="bfloat16"), "triton").algorithm == picked
+
+
+@pytest.mark.parametrize(
+    ("change", "launches"),
+    [
+        ({}, 3),  # gather, product, sum of 44 splits
+        ({"batch": 8, "height": 16, "width": 16}, 2),  # 4 splits: the tile that finishes last sums them
+        ({"batch": 1, "height": 16, "width": 16}, 2),  # 1 split
+        ({"batch": 128, "learned": 8, "kernel_size": (1, 1), "padding": (0, 0)}, 2),  # read in place
+        ({"batch": 8, "height": 16, "width": 16, "learned": 8, "kernel_size": (1, 1), "padding": (0, 0)}, 2),
+        ({"batch": 8, "height": 16, "width": 16, "learned": 7, "kernel_size": (1, 1), "padding": (0, 0)}, 2),
+    ],
+    ids=str,
+)
+def test_launches_are_counted_as_they_are_made(change: dict, launches: int, monkeypatch: pytest.MonkeyPatch):
+    """Those of the launcher itself, on memory that no kernel touches."""
+    pytest.importorskip("triton")
+    from rwn_ext.kernels import weight_grad as launcher
+
+    problem = replace(LAYER, batch=128, device="cuda", dtype="bfloat16", learned=6, chip=costs.H100)
+    problem = replace(problem, **change)
+    algorithm = "pointwise" if problem.kernel_size == (1, 1) else "stationary"
+    n, c, h, w = problem.batch, problem.channels, problem.height, problem.width
+    made = []
+    kernel = type(launcher.correlate_kernel)
+    monkeypatch.setattr(kernel, "__getitem__", lambda self, grid: lambda *a, **k: made.append(self))
+    monkeypatch.setattr(launcher, "INTERPRETED", True)
+    x, grad_output = (
+        torch.empty(size, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        for size in ((n, c, h, w), (n, problem.filters, *problem.output_size))
+    )
+    launcher.weight_grad(
+        algorithm, grad_output, x, launcher.Filters((problem.filters - problem.learned, problem.filters), 64),
+        problem.kernel_size, problem.stride, problem.padding, problem.dilation,
+        out=torch.empty(problem.learned, c, *problem.kernel_size),
+    )  # fmt: skip
+    assert len(made) == costs.TRITON[algorithm](problem).launches == launches
+
+
+def test_a_norm_and_relu_before_the_layer_count_for_those_that_read_through_them():
+    problem = replace(LAYER, batch=128, device="cuda", dtype="bfloat16")
+    normed = replace(problem, normed=True)
+    input_bytes = 2 * 128 * 64 * 32 * 32
+    for name, cost in costs.LIBRARIES.items():
+        plain, with_activation = cost(problem), cost(normed)
+        assert with_activation.bytes - plain.bytes == 2 * input_bytes, name
+        assert with_activation.launches == plain.launches + 1 and with_activation.seconds > plain.seconds
+    assert costs.stationary(normed).bytes == costs.stationary(problem).bytes
+    assert {*costs.TRITON, *costs.CUDA} == planner.READERS
+    assert "before norm and ReLU" in str(normed) and "before norm" not in str(problem)
+    assert plan(normed).algorithm in planner.READERS
 
 
 def test_on_a_cpu_triton_is_never_the_planner_s_choice(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,8 @@
 """Zeroed filters: equal to the dense convolution with zeros, in layers and in networks that fold their constants."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,6 +60,45 @@ def test_double_backward_and_autocast_are_those_of_conv2d():
     assert torch.autograd.gradgradcheck(layer, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.float()(x.float()).dtype == torch.bfloat16
+
+
+# Few channels that strided 1x1 filters see: oneDNN's own weight gradient writes beyond its memory there.
+FEW_CHANNELS = """
+import torch
+from torch import nn
+from rwn_ext import PartialConv2d
+from rwn_ext.paper.networks import build
+
+torch.set_num_threads(1)
+nhwc = torch.channels_last
+x = torch.randn(32, 64, 32, 32).to(memory_format=nhwc)
+shortcuts = [
+    PartialConv2d(64, 128, 1, 2, trainable=1.0, trainable_inputs=6, bias=False, frozen=frozen, algorithm=algorithm)
+    for frozen, algorithm in (("random", "full"), ("random", "gather"), ("zero", None))
+]
+shortcuts += [PartialConv2d(6, 128, 1, 2, trainable=12, bias=False, algorithm="full")]
+for layer in shortcuts:
+    for _ in range(3):
+        own = x[:, : layer.in_channels].contiguous(memory_format=nhwc).requires_grad_()
+        output = layer.to(memory_format=nhwc)(own)
+        cotangent = torch.randn_like(output)
+        output.backward(cotangent)
+        cells = own.detach()[:, :, ::2, ::2].double()
+        whole = torch.einsum("nkpq,ncpq->kc", cotangent.double(), cells)
+        expected = whole[list(layer.filters.indices)][:, list(layer.inputs.indices)]
+        assert torch.allclose(layer.weight_trainable.grad[..., 0, 0].double(), expected, atol=1e-2)
+        layer.weight_trainable.grad = None
+network = build("wrn-10-4", 10, 0.1, frozen="zero", seed=0).to(memory_format=nhwc)
+images = torch.randn(32, 3, 32, 32).to(memory_format=nhwc)
+for _ in range(3):
+    network(images).square().sum().backward()
+print("whole")
+"""
+
+
+def test_few_channels_under_strided_1x1_filters():
+    done = subprocess.run([sys.executable, "-c", FEW_CHANNELS], capture_output=True, text=True)
+    assert done.stdout == "whole\n", done.stderr
 
 
 def test_memory_format_is_kept():
@@ -176,6 +217,63 @@ def test_whatever_stands_between(trainable_bias):
     network = rwn_ext.convert(Zoo(), [1, 3], trainable_bias=trainable_bias, frozen="zero")
     network = perturbed(fold(network))
     assert_same_training(network, dense_twin(network), torch.randn(2, 3, 9, 9, dtype=torch.float64))
+
+
+class Between(nn.Module):
+    """Two convolutions and what is done between them."""
+
+    def __init__(self, between, padding_mode: str = "zeros", norm: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.second = nn.Conv2d(6, 6, 3, padding=2, padding_mode=padding_mode)
+        self.last, self.between = nn.BatchNorm2d(6), between
+
+    def forward(self, x):
+        return self.last(self.second(self.between(self.norm(self.first(x)))))
+
+
+def in_place(x):
+    """Whoever else holds it sees it changed."""
+    y = x = x + 0 * x
+    y += 1
+    y *= 2
+    y -= x.detach().abs()
+    y.add_(1)
+    torch.tanh_(y)
+    return x
+
+
+BETWEEN = {
+    "times a number": lambda x: 0.5 * x * 2,
+    "times a tensor": lambda x: x * torch.linspace(0, 1, 6, dtype=x.dtype).view(6, 1, 1),
+    "of two": lambda x: (x * F.relu(x) - x / (1 + F.relu(x))) ** 2,
+    "negated": lambda x: -x,
+    "number first": lambda x: 1 - x,
+    "compared": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "sliced": lambda x: torch.cat([x[:, 3:], x[:, :3]], 1),
+    "iterated": lambda x: torch.stack([image[:, 1:] for image in x]),
+    "in place": in_place,
+}
+
+
+@pytest.mark.parametrize("choice", [[1, 3], 0], ids=str)
+@pytest.mark.parametrize("name", BETWEEN)
+def test_operators_see_the_whole_tensor(name, choice):
+    network = rwn_ext.convert(Between(BETWEEN[name]), choice, frozen="zero")
+    network = perturbed(fold(network))
+    assert_same_training(network, dense_twin(network), torch.randn(2, 3, 7, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("choice", [[1, 3], 0], ids=str)
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_every_padding_mode_of_constants(mode, choice):
+    """Also where nothing varies, and biases alone lead to what a norm throws away: their gradients are zeros."""
+    for norm in (True, False):
+        network = Between(F.silu, mode, norm)
+        network = rwn_ext.convert(network, choice, trainable_bias="all", frozen="zero")
+        network = perturbed(fold(network))
+        assert_same_training(network, dense_twin(network), torch.randn(2, 3, 7, 7, dtype=torch.float64))
 
 
 def test_dropout_while_training_sees_the_whole_tensor():

@@ -37,6 +37,11 @@ def block(
     blocks share them, and y is made again in backward; by running statistics one bit an element of y and the channels
     that learned weights see, or the pieces if that is less.
 
+    After BatchNorm and ReLU alone, y is not even made again where each learned weight's gradient comes from a kernel
+    that reads z through them: on a GPU, where the planner picks one. It takes `relu(z * scale + shift)`, in float32,
+    rounded to z's type, for y and for the ReLU's mask. That is the forward pass's y but for a rounding or two, and so
+    near to the ReLU's edge the mask may be the other one: as exact, but not the same bits.
+
     Modules: BatchNorm2d, SyncBatchNorm, GroupNorm; ReLU, ReLU6, LeakyReLU, SiLU, Hardswish; Dropout; PartialConv2d and
     Conv2d with zero padding. Any other, one with hooks, a SyncBatchNorm that trains over several processes, an input
     that is not (N, C, H, W), and a call that is compiled or needs no gradient go the plain way, the three lines above.

@@ -13,8 +13,9 @@ from rwn_ext import ops, planner
 from rwn_ext.autograd import Layer, convolve, gradients
 from rwn_ext.functional import autocast_dtype
 from rwn_ext.modules import PartialConv2d
-from rwn_ext.ops import Pair, Runs
+from rwn_ext.ops import Pair, Runs, memory_format
 from rwn_ext.partition import BIAS_PARTS, WEIGHT_PARTS
+from rwn_ext.subsets import run_length
 
 # The parameters of a convolution, in PartialConv2d's order: three parts of the weight, two of the bias.
 Parts = Sequence[Tensor | None]
@@ -43,21 +44,38 @@ class Conv(NamedTuple):
         return F.conv2d(y, weight, bias, self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups)
 
     def backward(
-        self, grad: Tensor, seen: Tensor | None, parts: Parts, input_size: Sequence[int], needs: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, grad: Tensor, seen: Tensor | None, parts: Parts, input_size: Sequence[int], needs: Sequence[bool],
+        affine: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         """The gradients of the input, the learned weight and the learned bias that `needs` asks for.
 
-        `seen` is what `see` makes of the input; the weight's gradient needs it.
+        `seen` is what `see` makes of the input; the weight's gradient needs it. With `affine`, a scale and a shift of
+        all its channels, it is what `see` makes of the x in `ops.affine_relu(x, *affine)`: see `reads_normed`.
         """
         if not self.ordinary:
+            scale, shift = affine or (None, None)
+            if affine and self.seen is not None:
+                scale, shift = (ops.take(vector, self.seen, 0) for vector in affine)
             return gradients(
-                grad, parts[:3], seen, self.layer, input_size[2:], self.weight_dtype, (needs[0], needs[1], needs[2])
-            )
+                grad, parts[:3], seen, self.layer, input_size[2:], self.weight_dtype, (needs[0], needs[1], needs[2]),
+                (scale, shift),
+            )  # fmt: skip
         assert parts[0] is not None
         weight = parts[0].to(self.dtype)
         return torch.ops.aten.convolution_backward(
             grad, seen, weight, [weight.size(0)] if needs[2] else None, self.layer.stride, self.layer.padding,
             self.layer.dilation, False, (0, 0), self.layer.groups, list(needs),
+        )  # fmt: skip
+
+    def reads_normed(self, x: Tensor, out_channels: int) -> bool:
+        """Whether the weight's gradient is best computed from the x in `ops.affine_relu(x, ...)`, by its own kernel."""
+        if self.ordinary or x.dtype != self.dtype:
+            return False
+        seen = x if self.seen is None else x[:, : run_length(self.seen)]
+        layer = self.layer
+        return ops.reads_normed(
+            seen, memory_format(x), out_channels, layer.filters, layer.kernel_size, layer.stride, layer.padding,
+            layer.dilation, layer.groups, layer.algorithm,
         )  # fmt: skip
 
     def see(self, y: Tensor) -> Tensor:

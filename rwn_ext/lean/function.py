@@ -11,10 +11,10 @@ from torch import Tensor
 from rwn_ext import ops
 from rwn_ext.autograd import without_autocast
 from rwn_ext.lean import bits
-from rwn_ext.lean.activations import IDENTITY, Activation
+from rwn_ext.lean.activations import IDENTITY, RELU, Activation
 from rwn_ext.lean.convs import PARTS, Conv
 from rwn_ext.lean.dropout import drop, scale
-from rwn_ext.lean.norms import Norm
+from rwn_ext.lean.norms import BatchNorm, Norm
 from rwn_ext.ops import Runs, run_length
 
 # What is kept, by name: ("piece", i), ("norm", i), ("state", i), ("seen", channels), "mask", ..., ("conv", i, part).
@@ -72,9 +72,9 @@ class Needs(NamedTuple):
 class BlockFunction(torch.autograd.Function):
     """`y = dropout(activation(norm(cat(pieces, 1))))` to `(*(conv(y) for conv in convs), y)`, y only if asked for.
 
-    Kept for backward is either the input, from which backward makes y again, to the bit; or, of y, the
-    channels that learned weights see and one bit an element of the activation's derivative (`keeps_input` chooses).
-    Dropout keeps one bit an element.
+    Kept for backward is either the input, from which backward makes y again to the bit, where its kernels do not do
+    without (`_affine`); or, of y, the channels that learned weights see and one bit an element of the
+    activation's derivative (`keeps_input` chooses). Dropout keeps one bit an element.
     """
 
     @staticmethod
@@ -182,8 +182,9 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all tensors of `BlockFunction.apply`."""
     z = _joined([kept["piece", i] for i in range(len(block.channels))]) if ("piece", 0) in kept else None
-    y, source = _activated(block, needs, kept, z)
-    grad, conv_grads = _conv_gradients(block, needs, kept, y, y_size, y_dtype, grads)
+    affine = _affine(block, needs, kept, z, grads)
+    y, source = _activated(block, needs, kept, z) if affine is None else (z, None)
+    grad, conv_grads = _conv_gradients(block, needs, kept, y, affine, y_size, y_dtype, grads)
     del y
     norm_grads: tuple[Tensor | None, ...] = (None, None, None)
     if needs.below and grad is not None:
@@ -192,6 +193,9 @@ def _gradients(
         if "mask" in kept:
             assert block.activation.masked is not None
             grad = block.activation.masked(grad, bits.unpack(kept["mask"], kept["mask layout"]))
+        elif affine is not None:
+            assert z is not None
+            grad = ops.affine_relu_backward(grad, z, *affine)
         elif block.activation is not IDENTITY:
             grad = block.activation.backward(grad, source)
         del source
@@ -200,6 +204,29 @@ def _gradients(
             (any(needs.pieces), needs.gamma, needs.beta),
         )  # fmt: skip
     return (*_pieces(norm_grads[0], block, needs), *norm_grads[1:], None, None, *conv_grads)
+
+
+def _affine(
+    block: Block, needs: Needs, kept: Kept, z: Tensor | None, grads: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of the norm, if all learned weights' gradients are best computed from z, without y.
+
+    They are where each is computed by a kernel that makes relu(z * scale + shift) of what it reads; the ReLU's gradient
+    then follows the signs of the same expression. It rounds otherwise than the norm in the forward pass did.
+    """
+    if (
+        z is None or block.activation is not RELU or block.dropout or ("seen", None) in kept
+        or not isinstance(block.norm, BatchNorm) or torch.is_grad_enabled()
+    ):  # fmt: skip
+        return None
+    learning = [
+        (conv, grad)
+        for conv, learned, grad in zip(block.convs, needs.weights, grads, strict=False)
+        if learned and grad is not None
+    ]
+    if not learning or not all(conv.reads_normed(z, grad.size(1)) for conv, grad in learning):
+        return None
+    return block.norm.affine([kept.get(("norm", i)) for i in range(4)], [kept.get(("state", i)) for i in range(4)])
 
 
 def _activated(block: Block, needs: Needs, kept: Kept, z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -217,10 +244,13 @@ def _activated(block: Block, needs: Needs, kept: Kept, z: Tensor | None) -> tupl
 
 
 def _conv_gradients(
-    block: Block, needs: Needs, kept: Kept, y: Tensor | None, y_size: torch.Size, y_dtype: torch.dtype,
-    grads: Sequence[Tensor | None],
+    block: Block, needs: Needs, kept: Kept, y: Tensor | None, affine: tuple[Tensor, Tensor] | None,
+    y_size: torch.Size, y_dtype: torch.dtype, grads: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """The gradients of y and of the convolutions' parts, last convolution first, as autograd adds them up."""
+    """The gradients of y and of the convolutions' parts, last convolution first, as autograd adds them up.
+
+    With `affine`, `y` is the z in y = relu(z * scale + shift).
+    """
     grad_y = grads[-1] if block.gives_y else None
     conv_grads: list[Tensor | None] = []
     for i, conv in reversed(list(enumerate(block.convs))):
@@ -231,7 +261,7 @@ def _conv_gradients(
             if needs.weights[i]:
                 seen = kept["seen", conv.seen] if y is None else conv.see(y)
             wanted = (needs.below, needs.weights[i], needs.biases[i])
-            grad, weight, bias = conv.backward(grad, seen, parts, y_size, wanted)
+            grad, weight, bias = conv.backward(grad, seen, parts, y_size, wanted, affine)
             if needs.below:
                 assert grad is not None
                 grad = grad.to(y_dtype)

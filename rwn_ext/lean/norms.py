@@ -51,6 +51,17 @@ class BatchNorm(NamedTuple):
             return _scaled(z, gamma, beta, *state[:2])
         return self.forward(z, (gamma, beta, None, None))[0]
 
+    def affine(self, parameters: Sequence[Tensor | None], state: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """float32 scale and shift by channel: the normalised input is `z * scale + shift`, but for rounding."""
+        gamma, beta, mean, var = parameters
+        if self.batch_statistics:
+            mean, invstd = state[0].float(), state[1].float()
+        else:
+            mean, invstd = mean.float(), (var.float() + self.eps).rsqrt()
+        scale = invstd if gamma is None else gamma.float() * invstd
+        shift = torch.zeros_like(scale) if beta is None else beta.float()
+        return scale, torch.addcmul(shift, mean, scale, value=-1)
+
     def backward(
         self, grad: Tensor, z: Tensor | None, parameters: Sequence[Tensor | None], state: Sequence[Any],
         needs: Sequence[bool],

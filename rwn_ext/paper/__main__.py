@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     figure.add_argument("--amp", choices=AMP_DTYPES, help="as for train")
     figure.add_argument("--channels-last", action="store_true", help="as for train")
     figure.add_argument("--compile", action="store_true", help="as for train")
+    figure.add_argument("--graph", action="store_true", help="as for train")
     footprint = programs.add_parser("memory", help="what a training step keeps", description=_memory.__doc__)
     footprint.set_defaults(program=_memory, needs=("rich", "matplotlib"))
     footprint.add_argument("--net", required=True, help=NAMES)
@@ -142,7 +143,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--dim", type=int, choices=range(4), default=0,
-        help="along which --part chooses: 0 filters (default), 1 input channels, 2 rows or 3 columns of the kernel",
+        help="along which --part chooses: 0 filters (default); 1 input channels, 2 rows or 3 columns of the "
+        "kernel, of these at least one",
     )  # fmt: skip
     what.add_argument("--select", choices=POLICIES, default="last", help="which of them: the last (default), ...")
     what.add_argument(
@@ -318,7 +320,7 @@ def _reproduce(options: argparse.Namespace) -> int:
             print(f"{name:14} {preset.title} ({', '.join(preset.families)})")
         return 0
     shared = {"device": options.device, "amp": options.amp, "channels-last": options.channels_last}
-    shared |= {"compile": options.compile}
+    shared |= {"compile": options.compile, "graph": options.graph}
     settings = {"seeds": options.seeds, "budget_epochs": options.budget_epochs, "rounds": options.rounds}
     chosen = {key: value for key, value in settings.items() if value is not None}
     failed: list[int] = []

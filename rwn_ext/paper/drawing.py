@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
 import textwrap
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-FIXED = {"random": "fixed at random", "zero": "zeroed"}
-COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
+FIXED = {
+    "random": "fixed at random", "zero": "zeroed", "he": "fixed at random, He", "orthogonal": "fixed, orthogonal",
+    "signed": "fixed, signed constant",
+}  # fmt: skip
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 Rows = list[dict[str, Any]]
 
 
@@ -47,6 +51,10 @@ def page(results: dict[str, Any]) -> str:
         lines += [f"## {net}, {own[0]['epochs']} epochs, {results['data']}", ""]
         lines += [_line([name for name, _ in columns]), _line(["---"] + ["---:"] * (len(columns) - 1))]
         lines += [_line([cells[i] for _, cells in columns]) for i in range(len(own))] + [""]
+        apart = [abs(row["difference"]) for row in own if row["difference"] is not None]
+        if apart:
+            mean = statistics.fmean(apart)
+            lines += [f"Mean absolute difference to the paper: {mean:.2f} points over {len(apart)} rows.", ""]
     if results["draw"] in ("ensemble", "task", "transfer"):
         lines.append("Accuracy is that of the stored networks, on the test set after the last epoch; mean over seeds.")
     else:
@@ -122,6 +130,7 @@ _COLUMNS = (
     ("others", _fixed),
     ("along", lambda row: "" if row.get("dim") is None else ("filters", "inputs", "rows", "columns")[row["dim"]]),
     ("BatchNorm", lambda row: row.get("bn", "")),
+    ("gamma", lambda row: row.get("gamma", "")),
     ("mean member, %", _number("member", ".2f")),
     ("paper's mean member, %", lambda row: _mark(row.get("paper_member"), row)),
     ("test accuracy, %", _accuracy),
@@ -158,6 +167,7 @@ def _groups(rows: Rows, draw: str) -> dict[str, Rows]:
     for row in rows:
         value = row.get(key, default)
         name = FIXED.get(str(value), str(value)) if key == "frozen" else f"BatchNorm {value}"
+        name += ", gamma uniform" if row.get("gamma") == "uniform" else ""
         groups.setdefault(name, []).append(row)
     return groups
 

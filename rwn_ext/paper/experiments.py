@@ -104,6 +104,7 @@ class Experiment:
         row = {
             "name": branch.name, "learned_weights": run.learned_weights, "stored_bytes": path.stat().st_size,
             "full_bytes": full, "accuracy": accuracy(probabilities, run.images.test.labels), "best": run.best,
+            "seconds": sum(record["seconds"] for record in run.history),
         }  # fmt: skip
         return Outcome(row, probabilities.cpu(), run.images.test.labels.cpu())
 

@@ -50,11 +50,14 @@ def mark(choices: Mapping[str, Any], epochs: int) -> Mark | None:
 def ensemble_marks(choices: Mapping[str, Any], epochs: int) -> tuple[Mark, Mark] | None:
     """The paper's numbers for the mean member of an ensemble and for the ensemble."""
     row = _rows("ensemble").get(_key(choices, epochs))
-    return None if row is None else (_mark(row, 0), _mark(row, 1))
+    compared = {"net", "part", "only", "bn", "dim", "seed", "data", "epochs", "members", "start-epochs", *_MACHINE}
+    if row is None or not _paper_like(choices, compared):
+        return None
+    return _mark(row, 0), _mark(row, 1)
 
 
 # Choices that do not change what the numbers of a run mean.
-_MACHINE = ("device", "amp", "channels-last", "compile")
+_MACHINE = ("device", "amp", "channels-last", "compile", "graph")
 
 
 def _paper_like(choices: Mapping[str, Any], compared: set[str]) -> bool:

@@ -16,6 +16,7 @@ from rwn_ext.convert import convert
 from rwn_ext.draw import draw, draw_
 from rwn_ext.lean import make_lean
 from rwn_ext.paper.slices import slice_
+from rwn_ext.subsets import choose
 from rwn_ext.zeroed import fold
 
 NAMES = (
@@ -61,8 +62,8 @@ def build(
         seed: initial values are drawn from it by `rwn_ext.draw_`, the same on every machine, leaving torch's global
             generator as it was; None draws from the global.
         lean: keep for backward only what the learned part needs (see `rwn_ext.convert`).
-        dim: the dimension of a weight along which `part` chooses: 0 filters, 1 input channels, 2 rows or 3 columns of
-            the kernel, at least one of them (see `rwn_ext.paper.slices`).
+        dim: the dimension of a weight along which `part` chooses: 0 filters; or 1 input channels, 2 rows or 3 columns
+            of the kernel (see `rwn_ext.paper.slices`), of these at least one, as in the authors' experiments.
         select: which filters or input channels a fraction or a count takes: "last" (the paper's), "first", "random",
             "magnitude".
         gamma: initial gamma of BatchNorm: 1 ("ones") or drawn from U(0, 1) ("uniform"; Frankle et al. 2020).
@@ -199,11 +200,16 @@ def _convert(network: Network, names: list[str], choice: _Choice, frozen: str) -
     part, dim, select, seed = choice
     if dim > 1:
         slice_(network, names, dim, part, frozen)
+    elif dim == 1:
+        convs = dict(_convolutions(network))
+        # Of the three channels of the images a tenth is none.
+        none = [name for name in names if not len(choose(part, convs[name].weight.size(1), what="part"))]
+        for chosen, inputs in ((none, 1), ([name for name in names if name not in none], part)):
+            if chosen:
+                every = dict.fromkeys(chosen, 1.0)
+                convert(network, every, trainable_inputs=inputs, select=select, seed=seed, frozen=frozen)
     elif names:
-        trainable, inputs = (part, None) if dim == 0 else (1.0, part)
-        convert(
-            network, dict.fromkeys(names, trainable), trainable_inputs=inputs, select=select, seed=seed, frozen=frozen
-        )
+        convert(network, dict.fromkeys(names, part), select=select, seed=seed, frozen=frozen)
 
 
 def _convolutions(network: Network) -> list[tuple[str, nn.Conv2d]]:

@@ -66,7 +66,7 @@ class Reproduction:
             return failed
         results: dict[str, Any] = {"figure": self.preset.name, "title": self.preset.title, "draw": self.preset.draw}
         results |= {"data": self.data_name, "machine": None, "rows": self.rows()}
-        if self.rounds and self.preset.program == "train":
+        if self.rounds and self.preset.program in ("train", "ensemble"):
             self._measure(results)
         folder = self.out / "-".join([self.preset.name, *self.families])
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +96,8 @@ class Reproduction:
             row = base | summary([each["ensemble_accuracy"] for each in found])
             row["member"] = statistics.fmean(each["mean_member_accuracy"] for each in found) if found else None
             row["learned_weights"] = found[0]["rows"][0]["learned_weights"] if found else None
+            row["stored_bytes"] = found[0]["stored_bytes"] if found else None
+            row["seconds"] = _seconds([member for each in found for member in each["rows"]], len(found))
             row["paper_member"] = None
             marks = ensemble_marks(first.choices, self.paper_epochs[first.folder])
             if marks is not None and self.data_name == "cifar10":
@@ -107,6 +109,7 @@ class Reproduction:
         for i, branch in enumerate(found[0]["rows"] if found else ()):
             row = base | summary([each["rows"][i]["accuracy"] for each in found])
             row |= {"learned_weights": branch["learned_weights"], "stored_bytes": branch["stored_bytes"]}
+            row["seconds"] = _seconds([each["rows"][i] for each in found], len(found))
             rows.append(row | {"task" if program == "tasks" else "learned": branch["name"]})
         return rows
 
@@ -138,7 +141,7 @@ class Reproduction:
                 if not all(f"{self.data_name} {key}" in known for key in own):
                     runs = {PLAIN: self.prepare(_plain(next(iter(own.values())).choices), self.out / "costs" / "plain")}
                     runs |= {
-                        key: self.prepare(cell.choices, self.out / "costs" / str(i))
+                        key: self.prepare(_alone(cell.choices), self.out / "costs" / str(i))
                         for i, (key, cell) in enumerate(own.items())
                     }
                     task = progress.add_task(f"step times, {net}", total=self.rounds)
@@ -158,8 +161,10 @@ class Reproduction:
 
 def write(results: dict[str, Any], folder: Path) -> None:
     """The page and the picture of a results file."""
-    (folder / "figure.md").write_text(page(results))
-    drawn(results).savefig(folder / "figure.png", dpi=120)
+    with replacing(folder / "figure.md") as path:
+        path.write_text(page(results))
+    with replacing(folder / "figure.png") as path:
+        drawn(results).savefig(path, dpi=120, format="png")
 
 
 def _grid_keys(preset: Preset) -> set[str]:
@@ -174,7 +179,7 @@ def _on_gpu(machine_flags: Mapping[str, Any] | None) -> bool:
 def _name(data_name: str, choices: Mapping[str, Any]) -> str:
     """A folder's name that tells the run from every other, the same whichever figure it belongs to."""
     unsaid = {"net": choices["net"], "frozen": "random", "bn": "learned", "dim": 0}
-    told = {k: v for k, v in choices.items() if k not in ("data", "device", "compile") and unsaid.get(k) != v}
+    told = {k: v for k, v in choices.items() if k not in ("data", "device", "compile", "graph") and unsaid.get(k) != v}
     return "-".join([data_name, choices["net"], *(f"{key}={value}" for key, value in told.items())])
 
 
@@ -186,4 +191,15 @@ def _key(cell: Cell) -> str:
 def _plain(choices: Mapping[str, Any]) -> dict[str, Any]:
     """The run that learns everything with plain `nn.Conv2d`."""
     fixing = ("part", "frozen", "only", "dim", "select", "bn")
-    return {key: value for key, value in choices.items() if key not in fixing}
+    return {key: value for key, value in _alone(choices).items() if key not in fixing}
+
+
+def _alone(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices of a member of an ensemble, as a run of its own."""
+    return {key: value for key, value in choices.items() if key not in ("members", "start-epochs")}
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]], count: int) -> float | None:
+    """Training time of these branches, for each of as many experiments."""
+    times = [row["seconds"] for row in rows if "seconds" in row]
+    return sum(times) / count if times else None

@@ -35,8 +35,8 @@ else:
 # What a sweep may set: flags of the train program that take one value, and those that are there or not (true, false).
 KEYS = (
     "net", "part", "frozen", "only", "bn", "dropout", "epochs", "batch-size", "lr", "momentum", "weight-decay",
-    "factor", "seed", "image-size", "amp", "device", "data", "channels-last", "compile", "dim", "select", "gamma",
-    "optimizer", "start",
+    "factor", "seed", "image-size", "amp", "device", "data", "channels-last", "compile", "graph", "dim", "select",
+    "gamma", "optimizer", "start",
 )  # fmt: skip
 FAILED = "failed"
 
@@ -67,7 +67,7 @@ class Cell:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What decides how much memory it takes, but for how much is learned."""
-        keys = ("net", "batch-size", "image-size", "amp", "channels-last", "compile", "data")
+        keys = ("net", "batch-size", "image-size", "amp", "channels-last", "compile", "graph", "data")
         return tuple(self.choices.get(key) for key in keys)
 
     def records(self) -> list[dict[str, Any]]:

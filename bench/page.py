@@ -1,0 +1,410 @@
+"""The report as one page of Markdown: the answer first, then where it loses, then every number."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bench.competitors import FROZEN, LEAN, OURS, rivals
+from bench.group import PLAIN, PLAIN_GRADIENTS, WHOLE, Ratio
+from bench.results import Entry, Results, groups
+
+PART = 0.1
+"""The learned part that the answer is about."""
+LISTED = 12
+MORE_MEMORY = 1.02
+"""Keeping more than this share of what nn.Conv2d keeps is a loss."""
+
+
+def page(results: Results) -> str:
+    """The whole report."""
+    sections = [
+        _answer(results), _losses(results), _steps(results), _run(results), _layers(results), _kernels(results),
+        _calls(results), _scaling(results), _memory(results), _method(results),
+    ]  # fmt: skip
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _answer(results: Results) -> str:
+    title = f"# Benchmarks: {results.machine['device']}, {_place(results)}"
+    steps = [_Step.of(rows) for _, rows in groups(results.level("step"))]
+    at_part = [step for step in steps if step.ours(PART)]
+    if not at_part:
+        return f"{title}\n\n{_answer_of_layers(results)}"
+    ours = [step.ratio(f"{OURS} p = {PART}") for step in at_part]
+    ceiling = [step.ratio(FROZEN) for step in at_part]
+    lines = [
+        f"**With {PART:.0%} of each layer's filters learned, a training step takes {_range(ours)} of `{PLAIN}`'s time"
+        + (f" ({statistics.median(ours):.2f} in the median of {len(ours)} networks)" if len(ours) > 1 else "")
+        + f";** with nothing learned at all, which is the ceiling, it takes {_range(ceiling)}."
+    ]
+    lean = f"{LEAN} p = {PART}"
+    leaner = [share for step in at_part if (share := step.kept_share(lean))]
+    if leaner:
+        times = [step.ratio(lean) for step in at_part if lean in step.rows]
+        lines.append(
+            f"**With `lean=True` it keeps {_range(leaner)} of the bytes for backward**, and takes {_range(times)} of "
+            "the time."
+        )
+    trained = [share for step in at_part if (share := step.share("training_bytes", f"{OURS} p = {PART}"))]
+    if trained:
+        lines.append(f"Gradients and optimizer state need {_range(trained)} of the memory.")
+    others = [best[1] for step in at_part if (best := step.best_other(PART))]
+    if others:
+        lines.append(f"The fastest other way to learn as much takes {_range(others)}.")
+    lines.append(_loss_count(results))
+    header = ["training step", f"{PLAIN}", *(f"p = {p}" for p in _parts(steps)), "ceiling (p = 0)"]
+    header += [f"fastest other way, p = {PART}", f"kept for backward, p = {PART}, lean"]
+    rows = [[step.subject, _time(step.median(PLAIN))] for step in steps]
+    for row, step in zip(rows, steps, strict=True):
+        row += [_cell(step.ratio(f"{OURS} p = {p}")) for p in _parts(steps)]
+        best, kept = step.best_other(PART), step.kept_share(f"{LEAN} p = {PART}")
+        row += [_cell(step.ratio(FROZEN)), f"{best[1]:.2f} ({best[0]})" if best else "", f"{kept:.2f}" if kept else ""]
+    note = f"Time, and bytes kept, relative to `{PLAIN}`'s; less is better."
+    return "\n\n".join([title, " ".join(lines), note, _markdown([header, *rows])])
+
+
+def _answer_of_layers(results: Results) -> str:
+    """Where no training step was measured."""
+    found = [e for e in results.level("layer") if e.contender == OURS and e.case.get("p") == PART]
+    if not found:
+        return _loss_count(results)
+    ours = [entry.ratios[PLAIN].median for entry in found]
+    return (
+        f"**With {PART:.0%} of its filters learned, forward and backward of a layer take {_range(ours)} of "
+        f"`nn.Conv2d`'s time.** Training steps were not measured. {_loss_count(results)}"
+    )
+
+
+class _Step(NamedTuple):
+    """The contenders of a network by name."""
+
+    subject: str
+    rows: dict[str, Entry]
+
+    @classmethod
+    def of(cls, rows: Sequence[Entry]) -> _Step:
+        return cls(rows[0].subject, {row.contender: row for row in rows})
+
+    def ours(self, part: float) -> Entry | None:
+        return self.rows.get(f"{OURS} p = {part}")
+
+    def median(self, name: str) -> float:
+        return self.rows[name].median
+
+    def ratio(self, name: str) -> float:
+        """NaN where it was not measured."""
+        return self.rows[name].ratios[PLAIN].median if name in self.rows else float("nan")
+
+    def share(self, fact: str, name: str) -> float | None:
+        values = [self.rows[n].facts.get(fact) if n in self.rows else None for n in (name, PLAIN)]
+        return values[0] / values[1] if all(values) else None
+
+    def kept_share(self, name: str) -> float | None:
+        return self.share("kept_bytes", name)
+
+    def best_other(self, part: float) -> tuple[str, float] | None:
+        """The fastest of those who do the same, but for nn.Conv2d."""
+        name = f"{OURS} p = {part}"
+        others = [other for other in rivals(name, self.rows) if other != PLAIN] if name in self.rows else []
+        best = min(others, key=self.ratio, default=None)
+        return None if best is None else (best.removesuffix(f" p = {part}"), self.ratio(best))
+
+
+def _parts(steps: Iterable[_Step]) -> list[float]:
+    names = {name for step in steps for name in step.rows if name.startswith(f"{OURS} p = ")}
+    return sorted(float(name.partition(" p = ")[2]) for name in names)
+
+
+class Loss(NamedTuple):
+    """A comparison that we lose beyond the interval."""
+
+    entry: Entry
+    rival: str
+    ratio: Ratio
+
+
+LEVELS = ("step", "run", "layer", "kernel", "scaling", "call")
+
+
+def losses(results: Results) -> list[Loss]:
+    """By level, of each the worst first."""
+    found = [Loss(e, rival, r) for e in results.entries for rival, r in e.rivals.items() if r.low > 1]
+    return sorted(found, key=lambda loss: (LEVELS.index(loss.entry.level), -loss.ratio.median))
+
+
+def _hungry(results: Results) -> list[tuple[Entry, float]]:
+    """Ours that keep more for backward than nn.Conv2d."""
+    found = []
+    for _, rows in groups(results.entries):
+        plain = next((row.kept_bytes for row in rows if row.contender == PLAIN), None)
+        for row in rows:
+            if plain and OURS in row.contender and (row.kept_bytes or 0) > MORE_MEMORY * plain:
+                found.append((row, (row.kept_bytes or 0) / plain))
+    return found
+
+
+def _loss_count(results: Results) -> str:
+    compared = sum(len(entry.rivals) for entry in results.entries)
+    count = len(losses(results))
+    if not count:
+        return f"In none of {compared} comparisons is it slower beyond the interval."
+    return f"It is slower in {count} of {compared} comparisons: [where it loses](#where-it-loses)."
+
+
+def _losses(results: Results) -> str:
+    lost, hungry = losses(results), _hungry(results)
+    title = "## Where it loses"
+    if not (lost or hungry):
+        return f"{title}\n\nNowhere in these tables, beyond the interval."
+    header = ["level", "case", "contender, and what it is slower than", "time"]
+    rows = [[e.level, ", ".join(e.group[1:]), f"{e.contender}, {rival}", _ratio(r)] for e, rival, r in lost]
+    counts = [
+        f"{sum(loss.entry.level == level for loss in lost)} of {compared} ({level})"
+        for level in LEVELS
+        if (compared := sum(len(entry.rivals) for entry in results.level(level)))
+    ]
+    text = "Slower beyond the 95 % interval than another way to do the same"
+    parts = [title, f"{text}, of the comparisons made: {', '.join(counts)}."] if rows else [title]
+    parts += [_markdown([header, *rows[:LISTED]], words=3)] if rows else []
+    if rows[LISTED:]:
+        parts.append(_details(f"{len(rows) - LISTED} more", _markdown([header, *rows[LISTED:]], words=3)))
+    parts += [
+        f"* {', '.join(e.group)}: {e.contender} keeps {share:.2f} of {PLAIN}'s bytes for backward"
+        for e, share in hungry
+    ]
+    return "\n\n".join(parts)
+
+
+def _steps(results: Results) -> str:
+    text = "Forward, backward and the optimizer's step."
+    return _level(results, "step", "Training steps", "steps.png", text)
+
+
+def _run(results: Results) -> str:
+    entries = results.level("run")
+    text = "Data, training and evaluation, epoch by epoch in turns."
+    reached = [
+        [e.contender, f"{e.facts['learned_weights']:,}", f"{e.facts['best_accuracy']:.1f} %"]
+        for e in entries
+        if "best_accuracy" in e.facts
+    ]
+    if reached:
+        text += "\n\n" + _markdown([["", "weights learned", "best test accuracy"], *reached])
+    return _level(results, "run", "The demo's whole training, by epoch", None, text)
+
+
+def _layers(results: Results) -> str:
+    entries = results.level("layer")
+    header = ["layer", "learned", f"{PLAIN}", OURS, "ceiling", "fastest other way", f"{OURS}, of the floor's speed"]
+    rows = []
+    for (_, subject, _), members in groups(entries):
+        by_name = {e.contender: e for e in members}
+        if OURS not in by_name:
+            continue
+        ours = by_name[OURS]
+        others = [by_name[n] for n in rivals(OURS, by_name) if n != PLAIN]
+        best = min(others, key=lambda e: e.ratios[PLAIN].median, default=None)
+        rows.append([
+            subject, ours.case.get("learned", f"p = {ours.case.get('p')}"), _time(by_name[PLAIN].median),
+            _marked(ours), _cell(by_name[FROZEN].ratios[PLAIN].median if FROZEN in by_name else float("nan")),
+            f"{best.ratios[PLAIN].median:.2f} ({best.contender})" if best else "",
+            "" if ours.floor_share is None else f"{ours.floor_share:.0%}",
+        ])  # fmt: skip
+    text = f"Times relative to `{PLAIN}`'s.\n\n{_markdown([header, *rows])}" if rows else ""
+    return _level(results, "layer", "Layers, forward + backward", "layers.png", text)
+
+
+def _kernels(results: Results) -> str:
+    known = {entry.contender for entry in results.level("kernel")}
+    compared = [name for name in PLAIN_GRADIENTS if name != WHOLE and name in known]
+    header = ["layer", "learned", WHOLE, *compared, OURS, "algorithm", "of the floor's speed"]
+    rows = []
+    for (_, subject, _), members in groups(results.level("kernel")):
+        by_name = {e.contender: e for e in members}
+        if OURS not in by_name or WHOLE not in by_name:
+            continue
+        ours, others = by_name[OURS], [by_name.get(name) for name in compared]
+        rows.append([
+            subject, ours.case.get("learned", ""), _time(by_name[WHOLE].median),
+            *("" if e is None or WHOLE not in e.ratios else _cell(e.ratios[WHOLE].median) for e in others),
+            _marked(ours, WHOLE), ours.facts.get("algorithm", ""),
+            "" if ours.floor_share is None else f"{ours.floor_share:.0%}",
+        ])  # fmt: skip
+    text = f"Times relative to the library's whole gradient.\n\n{_markdown([header, *rows])}" if rows else ""
+    return _level(results, "kernel", "Weight gradients alone", None, text)
+
+
+def _calls(results: Results) -> str:
+    text = "An eager forward and backward of a layer so small that nothing but the call counts, relative to "
+    text += f"`{PLAIN}`'s."
+    by_size = [{e.contender: e for e in rows} for _, rows in groups(results.level("call"))]
+    names = list(dict.fromkeys(name for rows in by_size for name in rows))
+    header = ["", *(next(iter(rows.values())).subject for rows in by_size)]
+    rows = [[name, *(_marked(found[name]) if name in found else "" for found in by_size)] for name in names]
+    text += f"\n\n{_markdown([header, *rows])}"
+    return _level(results, "call", "What a call costs, one thread", None, text)
+
+
+def _scaling(results: Results) -> str:
+    entries = results.level("scaling")
+    sent = [e for e in entries if "sent_bytes" in e.facts]
+    timed = [e for e in entries if PLAIN in e.ratios]
+    if not entries:
+        return ""
+    parts = [
+        "## Scaling",
+        "![time, kept bytes and bytes sent](scaling.png)",
+        f"One axis at a time. The dashed line is the cost model's prediction for {OURS}: the bytes and multiply-adds "
+        "of forward, input gradient and planned weight gradient at this device's measured rates. It knows nothing of "
+        "the price of a call, so small problems lie above it.",
+    ]
+    if sent:
+        header = ["processes", "learned", "gradients MB", "sent MB", "sent by a perfect ring MB"]
+        rows = [[str(e.case["processes"]), f"p = {e.case['p']}", *(f"{e.facts[key] / 1e6:.3f}" for key in SENT)]
+                for e in sent]  # fmt: skip
+        caption = f"What a process sends in a step under DistributedDataParallel ({sent[0].case['net']}, gloo), as its "
+        parts.append(_details(caption + "sockets count it", _markdown([header, *rows])))
+    if timed:
+        tables = [f"#### {subject}, {case}\n\n{table(rows)}" for (_, subject, case), rows in groups(timed)]
+        parts.append(_details("Every point", "\n\n".join(tables)))
+    return "\n\n".join(parts)
+
+
+SENT = ("gradient_bytes", "sent_bytes", "ring_bytes")
+
+
+def _memory(results: Results) -> str:
+    """What `python -m bench.memory` wrote: rows of named cells."""
+    found = results.memory
+    rows = found.get("cases") if isinstance(found, Mapping) else None
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, *([_plain_cell(row.get(key)) for key in columns] for row in rows)]
+    return f"## Memory at the sizes of the literature\n\n{found.get('text', '')}\n\n{_markdown(lines)}"
+
+
+def _method(results: Results) -> str:
+    machine, commit = results.machine, results.commit
+    rates = machine["rates"]
+    lines = [
+        "## How this was measured",
+        f"Commit {commit['id'][:10]}{' and changes' if commit['dirty'] else ''}; Python {machine['python_version']}, "
+        f"torch {machine['torch']}, {machine['dtype']}, channels_last, {machine['threads']} CPU threads.",
+        "Contenders of a table took turns in one process, round by round, so that drift of the machine hits all alike. "
+        "A ratio is the median over rounds of the ratio within a round, with its 95 % interval from order statistics. "
+        "Outputs and gradients were compared with float64 before anything was timed. What is freed stays with the "
+        "process, as with the allocators that PyTorch's tuning guide advises.",
+        f"The floor is made of what this device was measured to do: a copy moves "
+        f"{rates['bytes_per_second'] / 1e9:.3g} GB/s, a matrix product computes {rates['flops_per_second'] / 1e9:.4g} "
+        "GFLOP/s. Each pass reads and writes each operand once or multiplies at that rate, whichever takes longer.",
+        "Bytes kept for backward: of a training step what the allocator holds between forward and backward, "
+        "checkpointing included; of a layer what autograd saves. Parameters do not count.",
+        f"`{FROZEN}` learns no filter: the ceiling of what any weight gradient can reach. LoRA learns other weights, "
+        "as many. Activation checkpointing of a single layer saves nothing and memsave_torch has no part of a layer, "
+        "so both are among networks only, memsave_torch where it is installed.",
+    ]
+    tested = [f"{', '.join(test['files'])} ({test['outcome']})" for test in results.tests]
+    if tested:
+        lines.append(f"Tested before: {'; '.join(dict.fromkeys(tested))}.")
+    return "\n\n".join(lines)
+
+
+def _level(results: Results, level: str, title: str, picture: str | None, text: str) -> str:
+    """A level's picture and summary, its tables folded; empty where nothing of it was measured."""
+    entries = results.level(level)
+    if not entries:
+        return ""
+    parts = [f"## {title}", *([f"![{title}]({picture})"] if picture else []), *([text] if text else [])]
+    tables = [f"#### {subject}, {case}\n\n{table(members)}" for (_, subject, case), members in groups(entries)]
+    return "\n\n".join([*parts, _details("Every contender", "\n\n".join(tables))])
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """Contenders of one group: times, ratios with their intervals, bytes; what loses is marked."""
+    others = list(entries[0].ratios)
+    phases = list(entries[0].phases)
+    extras = [extra for extra in EXTRAS if any(extra.of(entry) for entry in entries)]
+    header = ["", "median", "IQR", *(f"time of {other}'s" for other in others), *phases]
+    lines = [[*header, *(extra.title for extra in extras)]]
+    for entry in entries:
+        line = [entry.contender, _time(entry.median), _time(entry.iqr)]
+        line += [_ratio(entry.ratios[other]) for other in others]
+        line += [f"{entry.phases[phase].median:.2f}" for phase in phases]
+        line += [extra.of(entry) for extra in extras]
+        if loses(entry):
+            line[0] = f"**{line[0]}** (loses)"
+        lines.append(line)
+    return _markdown(lines)
+
+
+def loses(entry: Entry) -> bool:
+    """Whether ours is slower, beyond the interval, than any other way to do the same."""
+    return any(ratio.low > 1 for ratio in entry.rivals.values())
+
+
+class _Extra(NamedTuple):
+    """A column that only some tables have."""
+
+    title: str
+    of: Callable[[Entry], str]
+
+
+def _megabytes(fact: str) -> Callable[[Entry], str]:
+    return lambda entry: "" if entry.facts.get(fact) is None else f"{entry.facts[fact] / 1e6:.2f}"
+
+
+EXTRAS = (
+    _Extra("kept MB", _megabytes("kept_bytes")),
+    _Extra("peak MB", _megabytes("peak_bytes")),
+    _Extra("gradients + optimizer MB", _megabytes("training_bytes")),
+    _Extra("of the floor's speed", lambda entry: "" if entry.floor_share is None else f"{entry.floor_share:.0%}"),
+    _Extra("predicted", lambda entry: "" if entry.predicted is None else _time(entry.predicted)),
+)
+
+
+def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table; after the first `words` columns come numbers."""
+    header, *rows = lines
+    ruled = [header, ["---"] * words + ["---:"] * (len(header) - words), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
+
+
+def _details(summary: str, text: str) -> str:
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def _place(results: Results) -> str:
+    machine = results.machine
+    return "" if machine["dtype"] != "float32" else f"{machine['threads']} CPU threads"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _cell(value: float) -> str:
+    return "" if value != value else f"{value:.2f}"
+
+
+def _marked(entry: Entry, reference: str = PLAIN) -> str:
+    return (
+        f"**{_cell(entry.ratios[reference].median)}** (loses)"
+        if loses(entry)
+        else _cell(entry.ratios[reference].median)
+    )
+
+
+def _plain_cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _ratio(value: Ratio) -> str:
+    return f"{value.median:.2f} [{value.low:.2f}, {value.high:.2f}]"
