@@ -122,13 +122,12 @@ class Blocks(nn.Module):
 def rebuilt(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each norm that is computed, whether for backward."""
     calls: list[bool] = []
-    forward = BatchNorm.forward
 
-    def spy(self, z, parameters, *, again):
-        calls.append(again)
-        return forward(self, z, parameters, again=again)
+    def spy(again: bool, method):
+        return lambda *arguments: (calls.append(again), method(*arguments))[1]
 
-    monkeypatch.setattr(BatchNorm, "forward", spy)
+    for name in ("forward", "again"):
+        monkeypatch.setattr(BatchNorm, name, spy(name == "again", getattr(BatchNorm, name)))
     return calls
 
 
