@@ -315,9 +315,10 @@ def _triton_obstacle(p: Problem) -> str | None:
 # The CPU's limits were measured (bench/bench_layers.py; float32). The compiled kernel wins wherever it can be used
 # and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than 8 its sums are of nothing but
 # for a part, which must be outweighed by the filters that it spares. With one tap it wins while it waits for memory
-# alone, and where there are so few pixels that the preparations of a matrix product are felt. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN computes filters in
-# blocks of a vector register, so a block saved is a gain and less is none; and a few million multiply-adds take less
-# time than a call of the library, of which "full" needs one less.
+# alone, and where there are so few pixels that the preparations of a matrix product are felt. Without it, unfolding
+# wins for few filters on deep channels_last inputs; oneDNN computes filters in blocks of a vector register, so a block
+# saved is a gain and less is none; and a few million multiply-adds take less time than a call of the library, of which
+# "full" needs one less.
 CPU_DIRECT_CHANNELS = 8
 CPU_DIRECT_TILE = 16
 CPU_DIRECT_POINTWISE_FILTERS = 3

@@ -48,7 +48,7 @@ class BatchNorm(NamedTuple):
             return self.forward(z, parameters)[0]
         gamma, beta, *_ = parameters
         if gamma is not None and beta is not None and _can_be_scaled(z, gamma):
-            return _scaled(z, gamma, beta, *state[:2])
+            return _scaled(z, *self.affine(parameters, state))
         return self.forward(z, (gamma, beta, None, None))[0]
 
     def affine(self, parameters: Sequence[Tensor | None], state: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -163,10 +163,8 @@ def begin(module: nn.Module | None, z: Tensor) -> tuple[Norm, list[Tensor | None
     return BatchNorm(by_batch, momentum, module.eps), [*_affine(module), *statistics]
 
 
-def _scaled(z: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """What torch's batch norm computes on a CPU from the statistics: the sum of each is of an unrounded product."""
-    scale = invstd * gamma
-    shift = torch.addcmul(beta, mean, scale, value=-1)
+def _scaled(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The last step of torch's batch norm on a CPU, where a product is not rounded before it is added."""
     return torch.addcmul(shift[:, None, None], z, scale[:, None, None])
 
 
@@ -184,7 +182,8 @@ def _adds_unrounded_products(channels_last: bool) -> bool:
     z, gamma, beta = (torch.arange(size, dtype=torch.float32, device="cpu").sin() for size in (2 * 27 * 5 * 7, 27, 27))
     z = z.view(2, 27, 5, 7).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     normed, *statistics = torch.native_batch_norm(z, gamma, beta, None, None, True, 0.0, 1e-5)
-    return torch.equal(_scaled(z, gamma, beta, *statistics), normed)
+    norm = BatchNorm(batch_statistics=True, momentum=0.0, eps=1e-5)
+    return torch.equal(_scaled(z, *norm.affine((gamma, beta, None, None), statistics)), normed)
 
 
 def _affine(module: nn.Module) -> list[Tensor | None]:
