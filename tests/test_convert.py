@@ -356,7 +356,7 @@ def test_a_report_of_a_model_that_calls_by_keyword():
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(input=x)
 
-    assert "gather" in describe(convert(Wrapper(), trainable=1), torch.randn(1, 3, 99, 99))
+    assert "gather" in describe(convert(Wrapper(), trainable=8), torch.randn(1, 3, 99, 99))
 
 
 class TestSubsets:
