@@ -311,7 +311,7 @@ def _correlate(
         HAS_BIAS=bias is not None, BLOCK_BIAS=min(triton.next_power_of_2(slots.depth), shape.block_columns),
         FINISH=finish, PRECISION=precision, INTERPRETED=INTERPRETED,
         num_warps=shape.num_warps, num_stages=shape.num_stages, **_fusion(correlation.affine),
-        **_registers(bias, operands),
+        **_registers(operands, bias is not None, finish == LAST_SUMS),
     )  # fmt: skip
     if finish == PARTIALS:
         _sum_splits(partials, out, bias, plan.splits, channels, slots, correlation.kernel_size, out_strides)
@@ -426,10 +426,12 @@ def _nhwc(tensor: Tensor) -> tuple[int, int, int, int]:
     return n, h, w, c
 
 
-def _registers(bias: Tensor | None, operands: tiles.Operands) -> dict[str, int]:
+def _registers(operands: tiles.Operands, has_bias: bool, sums_itself: bool) -> dict[str, int]:
     """All that a thread can have where ptxas would put a few values into memory to let more programs share a
     multiprocessor than there are."""
-    crowded = bias is not None or (operands.prologue and not operands.channels_last)
+    crowded = (
+        has_bias or (operands.prologue and not operands.channels_last) or (sums_itself and operands.element_size == 4)
+    )
     return {"maxnreg": 255} if crowded else {}
 
 
