@@ -219,10 +219,11 @@ def conv2d_grads(
     geometry = (kernel_size, stride, padding, dilation, groups)
     if not _watched() and scale is None:
         layout = memory_format(input)
-        planned = _plan_of(grad_output, input, filters, *geometry, algorithm)
-        if planned.implementation is _full and not _overruns(
-            input.size(1) // groups, kernel_size, stride, input.device
-        ):
+        planned = _planned(
+            float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), filters,
+            *geometry, input.device, layout, input.dtype, False,
+        )  # fmt: skip
+        if planned.with_input:
             grad_input, whole, _ = torch.ops.aten.convolution_backward.default(
                 grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, True, False)
             )
@@ -470,6 +471,8 @@ class _Planned(NamedTuple):
     algorithm: str
     implementation: Callable[..., Tensor]
     """Of grad_output, input, filters, the problem, groups and dtype; those of `planner.READERS` also of an `affine`."""
+    with_input: bool = False
+    """Whether the library's call can give the input's gradient, too."""
 
 
 def _plan_of(
@@ -489,7 +492,8 @@ def _planned(precision: str, algorithm: str, *geometry: Any) -> _Planned:
     """The problem of these arguments and the implementation of its plan, in one look-up."""
     task = problem(*geometry)
     chosen = plan(task, algorithm).algorithm
-    return _Planned(task, chosen, _ALGORITHMS[chosen])
+    spared = task.device == "cpu" and _overruns(task.channels // task.groups, task.kernel_size, task.stride)
+    return _Planned(task, chosen, _ALGORITHMS[chosen], chosen == "full" and not spared)
 
 
 def _run(
@@ -634,18 +638,18 @@ def visited(input: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, group
 
     Only where the library cannot be given the whole (`_overruns`); elsewhere input and stride as they are.
     """
-    if padding != (0, 0) or not _overruns(input.size(1) // groups, kernel_size, stride, input.device):
+    if padding != (0, 0) or not input.is_cpu or not _overruns(input.size(1) // groups, kernel_size, stride):
         return input, stride
     return input[:, :, :: stride[0], :: stride[1]], (1, 1)
 
 
-def _overruns(channels: int, kernel_size: Pair, stride: Pair, device: torch.device) -> bool:
-    """Whether oneDNN's weight gradient may write beyond its memory.
+def _overruns(channels: int, kernel_size: Pair, stride: Pair) -> bool:
+    """Whether oneDNN's weight gradient, the CPU's, may write beyond its memory.
 
     In version 3.12 it does, with AVX2, for strided 1x1 filters of 2 to 7 channels, channels_last; plain `nn.Conv2d`
     crashes alike. Twice as many channels are spared for wider vectors.
     """
-    return device.type == "cpu" and kernel_size == (1, 1) and stride != (1, 1) and channels < 16
+    return kernel_size == (1, 1) and stride != (1, 1) and channels < 16
 
 
 def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:

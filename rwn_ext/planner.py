@@ -312,16 +312,16 @@ def _triton_obstacle(p: Problem) -> str | None:
     return None
 
 
-# The CPU's limits were measured (bench/bench_layers.py; float32). The compiled kernel wins wherever it can be used
-# and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than 8 its sums are of nothing but
-# for a part, which must be outweighed by the filters that it spares. With one tap it wins while it waits for memory
-# alone, and where there are so few pixels that the preparations of a matrix product are felt. Without it, unfolding
-# wins for few filters on deep channels_last inputs; oneDNN computes filters in blocks of a vector register, so a block
-# saved is a gain and less is none; and a few million multiply-adds take less time than a call of the library, of which
-# "full" needs one less.
+# The CPU's limits were measured (bench/bench_kernels.py, bench/bench_layers.py; float32). The compiled kernel wins
+# wherever it can be used and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than 8 its
+# sums are of nothing but for a part, which three filters of 3x3 can bear. With one tap it wins while it waits for
+# memory, as a matrix product so narrow is not shared among threads, and where there are so few pixels that the
+# preparations of a product are felt. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN
+# computes filters in blocks of a vector register, so a block saved is a gain and less is none; and a few million
+# multiply-adds take less time than a call of the library, of which "full" needs one less.
 CPU_DIRECT_CHANNELS = 8
-CPU_DIRECT_TILE = 16
-CPU_DIRECT_POINTWISE_FILTERS = 3
+CPU_DIRECT_SHALLOW_TAPS, CPU_DIRECT_SHALLOW_FILTERS = 9, 3
+CPU_DIRECT_POINTWISE_FILTERS = 16
 CPU_DIRECT_POINTWISE_PIXELS = 1024
 # Unfolded columns: while they are no more than this many for each input channel, the copy costs less than it spares.
 CPU_UNFOLD_COLUMNS_PER_CHANNEL = 2
@@ -368,8 +368,8 @@ def _by_measured_limits(p: Problem) -> Plan:
             return Plan("direct", f"{pixels:,} pixels do not repay the preparations of a matrix product")
         if r * s > 1 and p.channels >= CPU_DIRECT_CHANNELS:
             return Plan("direct", f"{r * s} taps of {p.channels} channels repay the copy of a block")
-        if r * s > 1 and p.learned * CPU_DIRECT_TILE <= p.filters * p.channels:
-            return Plan("direct", f"{p.learned} of {p.filters} filters spare more than {p.channels} channels waste")
+        if 1 < r * s <= CPU_DIRECT_SHALLOW_TAPS and p.learned <= CPU_DIRECT_SHALLOW_FILTERS:
+            return Plan("direct", f"{p.learned} filters of {p.channels} channels take less than the library's block")
     blocks, all_blocks = (-(-count // p.groups // CPU_FILTER_BLOCK) for count in (p.learned, p.filters))
     if blocks == all_blocks:
         return Plan("full", f"the learned filters fill as many blocks of {CPU_FILTER_BLOCK} as all do, {blocks}")
