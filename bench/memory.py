@@ -28,6 +28,7 @@ from bench.machine import COMMIT_FACTS, versions
 from bench.results import read
 from rwn_ext.memory import measure_cpu
 from rwn_ext.paper.networks import build
+from rwn_ext.paper.training import replacing
 from tests.architectures import MobileNetV2, resnet50, resnet101
 
 
@@ -117,9 +118,8 @@ def add(row: dict[str, Any], file: Path) -> None:
     by_name = {old["case"]: old for old in rows} | {row["case"]: row}
     content["cases"] = [by_name[name] for name in CASES if name in by_name]
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, file)
+    with replacing(file) as path:
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 TEXT = (

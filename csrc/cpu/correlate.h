@@ -28,9 +28,8 @@ int larger(int a, int b) { return a > b ? a : b; }
 // Some outputs of each of some images, and the input they are computed from.
 struct Block {
   int image, images;
-  int row, rows, column, columns;  // of the output
-  int top, left, input_rows,
-      input_columns;  // of the input; top and left may lie before it
+  int row, rows, column, columns;            // of the output
+  int top, left, input_rows, input_columns;  // of the input; top and left may lie before it
 };
 
 int block_columns(const Problem& p) { return smaller(p.out_width, BLOCK_COLUMNS); }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rwn_ext.lean import make_lean
 from rwn_ext.memory import COLUMNS, STEP_ROWS, Memory, memory
 from rwn_ext.paper.networks import build
 from rwn_ext.paper.schedules import schedule_of
+from rwn_ext.paper.training import replacing
 
 COLOURS = {"plain": "tab:gray", "now": "tab:blue", "predicted": "tab:cyan", "minimum": "tab:green"}
 LABELS = {"plain": "plain nn", "now": "this network", "predicted": "predicted", "minimum": "minimum"}
@@ -62,9 +62,8 @@ class Footprint:
         console.print(str(found), highlight=False, soft_wrap=True)
         results: dict[str, Any] = {"title": self.title, "layers": [asdict(layer) for layer in found.layers]}
         results |= {"steps": {name: asdict(getattr(found, name)) for name in ("plain", "now")}}
-        unfinished = self.out / "memory.json.part"
-        unfinished.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(unfinished, self.out / "memory.json")
+        with replacing(self.out / "memory.json") as path:
+            path.write_text(json.dumps(results, indent=1) + "\n")
         drawn(found, self.title).savefig(self.out / "memory.png", dpi=120)
         console.print(f"in {self.out}: memory.json, memory.png")
 
