@@ -167,6 +167,8 @@ def _layer(
 
 def _pair(value: int | Sequence[int]) -> Pair:
     """One number for both, as F.conv2d takes it: alone or in a sequence."""
+    if type(value) is tuple and len(value) == 2:  # a layer's own: to ask whether it is a Sequence takes longer
+        return value
     if isinstance(value, Sequence):
         return (value[0], value[-1]) if len(value) in (1, 2) else _refuse(value)
     return value, value

@@ -130,13 +130,14 @@ def conv2d_weight_grads(
     arguments = (
         grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, dtype, scale, shift
     )  # fmt: skip
-    if bias and not transformed():
-        if _watched():
-            # Only on a GPU is there something to gain, and there the op decides.
-            if input.is_cuda:
-                return torch.ops.rwn_ext.conv2d_weight_bias_grad(*arguments)
-        elif _sums_bias(_plan_of(*arguments), grad_output, input):
-            return _weight_bias_grad(*arguments)
+    if transformed() or not bias:
+        return conv2d_weight_grad(*arguments), None
+    if not _watched():
+        planned = _plan_of(*arguments)
+        return _weight_grads(planned, grad_output, input, filters, groups, dtype or input.dtype, True, scale, shift)
+    # Only on a GPU is there something to gain, and there the op decides.
+    if input.is_cuda:
+        return torch.ops.rwn_ext.conv2d_weight_bias_grad(*arguments)
     return conv2d_weight_grad(*arguments), None
 
 
@@ -217,20 +218,23 @@ def conv2d_grads(
     The library's whole gradients come from one call, which small layers feel.
     """
     geometry = (kernel_size, stride, padding, dilation, groups)
-    if not _watched() and scale is None:
-        layout = memory_format(input)
-        planned = _planned(
-            float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), filters,
-            *geometry, input.device, layout, input.dtype, False,
-        )  # fmt: skip
-        if planned.with_input:
-            grad_input, whole, _ = torch.ops.aten.convolution_backward.default(
-                grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, True, False)
-            )
-            return grad_input, _copied(whole, filters, layout).to(dtype or input.dtype), None
-    grad_input = conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry)
-    return grad_input, *conv2d_weight_grads(
-        grad_output, input, filters, *geometry, algorithm, dtype, bias, scale, shift
+    if _watched() or transformed() or scale is not None:
+        return conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry), *conv2d_weight_grads(
+            grad_output, input, filters, *geometry, algorithm, dtype, bias, scale, shift
+        )
+    dtype, layout = dtype or input.dtype, memory_format(input)
+    planned = _planned(
+        float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), filters, *geometry,
+        input.device, layout, input.dtype, False,
+    )  # fmt: skip
+    if planned.with_input:
+        grad_input, whole, _ = torch.ops.aten.convolution_backward.default(
+            grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, True, False)
+        )
+        grad_weight = _copied(whole, filters, layout)
+        return grad_input, grad_weight if grad_weight.dtype == dtype else grad_weight.to(dtype), None
+    return conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry), *_weight_grads(
+        planned, grad_output, input, filters, groups, dtype, bias
     )
 
 
@@ -354,7 +358,9 @@ def _merge(
             parts = [learned, fixed]
         else:
             parts = [fixed.narrow(axis, 0, before), learned, fixed.narrow(axis, before, size - before)]
-        return torch.cat(parts, axis).contiguous(memory_format=memory_format(fixed))
+        layout = memory_format(fixed)
+        whole = torch.cat(parts, axis)
+        return whole if layout == torch.contiguous_format else whole.contiguous(memory_format=layout)
     whole = _empty_whole(learned, fixed, axis)
     whole.index_copy_(axis, _index(runs, fixed.device), learned)
     return whole.index_copy_(axis, _index(_complement(tuple(runs), whole.size(axis)), fixed.device), fixed)
@@ -441,13 +447,13 @@ def _empty_whole(learned: Tensor, fixed: Tensor, axis: int) -> Tensor:
 def _weight_grad(
     grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
     dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None, scale: Tensor | None = None,
-    shift: Tensor | None = None, **bias: Tensor,
+    shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     filters = tuple(filters)
     planned = _plan_of(
         grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, scale=scale
     )
-    return _run(planned, grad_output, input, filters, groups, dtype or input.dtype, scale, shift, **bias)
+    return _run(planned, grad_output, input, filters, groups, dtype or input.dtype, scale, shift)
 
 
 def _weight_bias_grad(
@@ -459,11 +465,22 @@ def _weight_bias_grad(
     planned = _plan_of(
         grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, scale=scale
     )
+    grad_weight, grad_bias = _weight_grads(planned, grad_output, input, filters, groups, dtype, True, scale, shift)
+    if grad_bias is None:
+        grad_bias = take(grad_output, filters, 1).sum((0, 2, 3)).to(dtype)
+    return grad_weight, grad_bias
+
+
+def _weight_grads(
+    planned: _Planned, grad_output: Tensor, input: Tensor, filters: Runs, groups: int, dtype: torch.dtype, bias: bool,
+    scale: Tensor | None = None, shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradient of these filters and, with `bias`, of their bias where one pass computes both."""
     arguments = (planned, grad_output, input, filters, groups, dtype, scale, shift)
-    if _sums_bias(planned, grad_output, input):
-        grad_bias = torch.empty(run_length(filters), dtype=dtype, device=input.device)
-        return _run(*arguments, bias=grad_bias), grad_bias
-    return _run(*arguments), take(grad_output, filters, 1).sum((0, 2, 3)).to(dtype)
+    if not (bias and _sums_bias(planned, grad_output, input)):
+        return _run(*arguments), None
+    grad_bias = torch.empty(run_length(filters), dtype=dtype, device=input.device)
+    return _run(*arguments, bias=grad_bias), grad_bias
 
 
 class _Planned(NamedTuple):

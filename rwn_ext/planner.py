@@ -321,7 +321,7 @@ def _triton_obstacle(p: Problem) -> str | None:
 # multiply-adds take less time than a call of the library, of which "full" needs one less.
 CPU_DIRECT_CHANNELS = 8
 CPU_DIRECT_SHALLOW_TAPS, CPU_DIRECT_SHALLOW_FILTERS = 9, 3
-CPU_DIRECT_POINTWISE_FILTERS = 16
+CPU_DIRECT_POINTWISE_FILTERS = 24
 CPU_DIRECT_POINTWISE_PIXELS = 1024
 # Unfolded columns: while they are no more than this many for each input channel, the copy costs less than it spares.
 CPU_UNFOLD_COLUMNS_PER_CHANNEL = 2

@@ -72,7 +72,7 @@ def test_heuristic(change: dict, picked: str, without_cpu_kernel):
         ({"groups": 2}, False),
         ({"dtype": "bfloat16"}, False),
         ({"kernel_size": (1, 1), "padding": (0, 0)}, True),
-        ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 17}, False),
+        ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 25}, False),
         ({"kernel_size": (1, 1), "padding": (0, 0), "batch": 1, "learned": 40}, True),
         ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 2, "channels_last": False}, False),
     ],

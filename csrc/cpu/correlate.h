@@ -17,8 +17,10 @@ constexpr int TILE = 2 * LANES;
 // A block has rows of up to this many outputs, and as many of them as the first level cache has room for.
 constexpr int BLOCK_COLUMNS = 32;
 constexpr int BLOCK_BYTES = 24 * 1024;
-// Pixels of the input are asked for so many pixels before they are read.
-constexpr int AHEAD = 16;
+// With a single tap it has so many outputs: cache lines in which one tile ends and the next begins are still there.
+constexpr int SINGLE_TAP_OUTPUTS = 128;
+// Pixels of the input are asked for so many pixels before they are copied, or else used where they lie.
+constexpr int AHEAD = 16, FAR_AHEAD = 256;
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -39,6 +41,7 @@ int input_extent(int outputs, int stride, int kernel, int dilation) {
 }
 
 int block_rows(const Problem& p) {
+  if (p.taps() == 1) return larger(1, smaller(p.out_height, SINGLE_TAP_OUTPUTS / block_columns(p)));
   const int columns = input_extent(block_columns(p), p.stride_w, p.kernel_w, p.dilation_w);
   const int input_rows = BLOCK_BYTES / (columns * TILE * int(sizeof(float)));
   const int rows = (input_rows - (p.kernel_h - 1) * p.dilation_h - 1) / p.stride_h + 1;
@@ -134,7 +137,7 @@ struct Walk {
 
 // sums (FILTERS, TILE) += over the walk's pixels, gradient (FILTERS) times input (TILE). With few filters, PHASES
 // pixels at a time have sums of their own, or each multiply-add would wait for the last.
-template <int FILTERS, int PHASES>
+template <bool IN_PLACE, int FILTERS, int PHASES>
 void accumulate(const Walk& walk, const float* input, const float* gradient, float* sums) {
   Vector acc[PHASES][FILTERS][2] = {};
   for (int image = 0; image < walk.images; ++image) {
@@ -146,6 +149,7 @@ void accumulate(const Walk& walk, const float* input, const float* gradient, flo
 #pragma GCC unroll 4
         for (int phase = 0; phase < PHASES; ++phase) {
           const Vector low = *reinterpret_cast<const Vector*>(x), high = *reinterpret_cast<const Vector*>(x + LANES);
+          if (IN_PLACE) __builtin_prefetch(x + FAR_AHEAD * walk.input.column);
 #pragma GCC unroll 16
           for (int f = 0; f < FILTERS; ++f) {
             acc[phase][f][0] += low * g[f];
@@ -183,17 +187,19 @@ using Accumulate = void (*)(const Walk&, const float*, const float*, float*);
 
 constexpr int phases(int filters) { return filters * 2 > COLUMNS ? 1 : filters * 4 > COLUMNS ? 2 : 4; }
 
-template <int... FILTERS>
+template <bool IN_PLACE, int... FILTERS>
 struct Table {
-  Accumulate of[sizeof...(FILTERS)] = {accumulate<FILTERS, phases(FILTERS)>...};
+  Accumulate of[sizeof...(FILTERS)] = {accumulate<IN_PLACE, FILTERS, phases(FILTERS)>...};
 };
+template <bool IN_PLACE>
 #if COLUMNS == 6
-constexpr Table<1, 2, 3, 4, 5, 6> table;
+constexpr Table<IN_PLACE, 1, 2, 3, 4, 5, 6> table;
 #else
-constexpr Table<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> table;
+constexpr Table<IN_PLACE, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> table;
 #endif
 
-// sums (taps, Kt, TILE) += the block's share, of one tile of channels. `input` is where the block's first pixel would be.
+// sums (taps, Kt, TILE) += the block's share, of one tile of channels. `input` is where its first pixel would be.
+template <bool IN_PLACE>
 void correlate_tile(const Problem& p, const Block& b, const float* input, const Steps& steps, const float* gradient,
                     float* sums) {
   const int parts = (p.learned + COLUMNS - 1) / COLUMNS;
@@ -215,7 +221,7 @@ void correlate_tile(const Problem& p, const Block& b, const float* input, const 
     // The filters in parts of nearly equal size.
     for (int part = 0; part < parts; ++part) {
       const int begin = p.learned * part / parts, end = p.learned * (part + 1) / parts;
-      table.of[end - begin - 1](walk, x, g + begin, sums + (int64_t(tap) * p.learned + begin) * TILE);
+      table<IN_PLACE>.of[end - begin - 1](walk, x, g + begin, sums + (int64_t(tap) * p.learned + begin) * TILE);
     }
   }
 }
@@ -231,16 +237,16 @@ void correlate(const Problem& p, const Item& item, const float* input, const flo
         const Block b = block_at(p, n, smaller(images, last - n), row, column);
         float* to = sums;
         for (int c = 0; c < item.channels; c += TILE, to += tile_sums) {
-          const int channels = smaller(TILE, item.channels - c);
-          const float* from = input + (item.first_channel + c) * p.input_stride[1];
+          const int channels = smaller(TILE, item.channels);
+          const float* from = input + (item.first_channel + smaller(c, item.channels - channels)) * p.input_stride[1];
           if (in_place && channels == TILE) {
             const Steps steps = {p.input_stride[0], p.input_stride[2], p.input_stride[3]};
-            correlate_tile(p, b, from + n * steps.image + b.top * steps.row + b.left * steps.column, steps, gradient,
-                           to);
+            correlate_tile<true>(p, b, from + n * steps.image + b.top * steps.row + b.left * steps.column, steps,
+                                 gradient, to);
           } else {
             const Steps steps = {int64_t(b.input_rows) * b.input_columns * TILE, int64_t(b.input_columns) * TILE, TILE};
             pack(p, b, channels, from, scratch);
-            correlate_tile(p, b, scratch, steps, gradient, to);
+            correlate_tile<false>(p, b, scratch, steps, gradient, to);
           }
         }
       }

@@ -49,11 +49,22 @@ Floats allocate(int64_t floats) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Where a tile begins: the last one ends where the channels do, and so may share some with the one before.
+int first_channel(const Problem& p, int tile_size, int64_t tile) {
+  return std::max(0, std::min(int(tile) * tile_size, p.channels - tile_size));
+}
+
+// Pixels of the gradient are asked for so many pixels before they are read, where they lie so many floats apart: then
+// most of what lies between is skipped, and no machine guesses that.
+constexpr int AHEAD = 64, FAR = 32;
+
 // (N, P, Q, Kt), of one image.
 void gather_image(const Problem& p, int n, const float* grad_output, const int64_t* filters, float* to) {
+  const int64_t ahead = AHEAD * p.gradient_stride[3] + filters[0] * p.gradient_stride[1];
   for (int row = 0; row < p.out_height; ++row) {
     const float* from = grad_output + n * p.gradient_stride[0] + row * p.gradient_stride[2];
     for (int column = 0; column < p.out_width; ++column, from += p.gradient_stride[3], to += p.learned) {
+      if (p.gradient_stride[3] >= FAR) __builtin_prefetch(from + ahead);
       for (int k = 0; k < p.learned; ++k) to[k] = from[filters[k] * p.gradient_stride[1]];
     }
   }
@@ -79,9 +90,8 @@ void weight_grad(const Code& code, const Problem& p, const float* input, const f
     // Tiles of the same images follow each other: neighbouring channels share what the caches fetch.
     const int64_t tile = i % shares * tiles_each, split = i / shares;
     const int first = int(p.batch * split / splits), end = int(p.batch * (split + 1) / splits);
-    const int channel = int(tile * code.tile);
-    const Item item = {first, end - first, channel,
-                       int(std::min(code.tile * tiles_each, p.channels - int64_t(channel)))};
+    const int channel = first_channel(p, code.tile, tile);
+    const Item item = {first, end - first, channel, wide ? p.channels : std::min(code.tile, p.channels)};
     float* to = partial.get() + (split * tiles + tile) * sums;
     std::fill_n(to, tiles_each * sums, 0.0f);
     code.correlate(p, item, input, gradient.get(), scratches.get() + thread * scratch, to);
@@ -93,12 +103,13 @@ void weight_grad(const Code& code, const Problem& p, const float* input, const f
       const float* other = total + split * tiles * sums;
       for (int64_t i = 0; i < sums; ++i) total[i] += other[i];
     }
-    const int channel = int(tile * code.tile), channels = std::min(code.tile, p.channels - channel);
+    const int channel = first_channel(p, code.tile, tile), end = std::min(channel + code.tile, p.channels) - channel;
+    const int begin = int(tile * code.tile) - channel;  // what lies before is the tile before's
     for (int tap = 0; tap < p.taps(); ++tap) {
       for (int k = 0; k < p.learned; ++k, total += code.tile) {
         float* to = result + k * p.result_stride[0] + channel * p.result_stride[1] +
                     tap / p.kernel_w * p.result_stride[2] + tap % p.kernel_w * p.result_stride[3];
-        for (int c = 0; c < channels; ++c) to[c * p.result_stride[1]] = total[c];
+        for (int c = begin; c < end; ++c) to[c * p.result_stride[1]] = total[c];
       }
     }
   });

@@ -14,10 +14,11 @@ struct Problem {
   int taps() const { return kernel_h * kernel_w; }
 };
 
-// One step of the work: some images' share of the gradient, for one tile of channels or several.
+// One step of the work: some images' share of the gradient, for one tile of channels or several. The last of several
+// ends where the channels do, so that it is whole: it may share channels with the one before.
 struct Item {
   int first_image, images;
-  int first_channel, channels;  // the last tile may hold fewer
+  int first_channel, channels;
 };
 
 // The code of one instruction set. `gradient` is (N, P, Q, Kt), `sums` (tiles, taps, Kt, tile) and all zero before;
