@@ -45,6 +45,7 @@ class Case:
     source: str = ""
 
 
+# The numbers are in results/paper/poster.csv of github.com/plutonium-239/memsave_torch, as "Scaled M" of ResNet-101.
 MEMSAVE = "memsave_torch, arXiv 2404.12406, section 3"
 CIFAR, IMAGENET = (128, 3, 32, 32), (8, 3, 224, 224)
 NOTHING = {"trainable": 0, "norm": "frozen"}
@@ -75,6 +76,7 @@ CASES = {
     "resnet-101, input, norms in evaluation mode": Case(
         resnet101, IMAGENET, 0.18, NOTHING, input_gradient=True, source=MEMSAVE
     ),
+    "resnet-101, norms": Case(resnet101, IMAGENET, 0.67, {"trainable": 0}, source=MEMSAVE),
     "resnet-101, surgical (first quarter)": Case(resnet101, IMAGENET, 0.88, FIRST_QUARTER, source=MEMSAVE),
 }
 
