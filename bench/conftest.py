@@ -100,7 +100,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         entry.update(facts, stats=stats)
     tested = "said to have passed" if config.option.tested else "passed"
     output_json["tests"] = {"files": [file for files in TESTS for file in files], "outcome": tested}
-    output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in machine.COMMIT_FACTS}
+    output_json["commit_info"] = machine.commit()
 
 
 def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
-from pytest_benchmark.utils import get_commit_info
 
 from bench.group import Group
-from bench.machine import COMMIT_FACTS, described
+from bench.machine import commit, described
 from bench.results import ResultsError, read
 
 
@@ -26,10 +25,9 @@ class GrowingResults:
 
     def __init__(self, path: Path, device: str, dtype: Any, earlier: Path | None = None) -> None:
         self.path = path
-        found = get_commit_info()
         self.content: dict[str, Any] = {
             "machine_info": described(pytest_benchmark_generate_machine_info(), device, dtype),
-            "commit_info": {key: found.get(key) for key in COMMIT_FACTS},
+            "commit_info": commit(),
             "benchmarks": [],
             "failures": [],
         }

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 from bench.rates import rates
 
-COMMIT_FACTS = ("id", "time", "dirty")
+
+def commit() -> dict[str, Any]:
+    """The commit that is checked out, and whether more than results differs from it: a results file's "commit_info"."""
+    found = get_commit_info()
+    others = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)bench/results"]
+    dirty = found["dirty"] and subprocess.run(others, check=False).returncode != 0
+    return {"id": found["id"], "time": found.get("time"), "dirty": dirty}
 
 
 def described(found: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:

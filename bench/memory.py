@@ -20,11 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
-from pytest_benchmark.utils import get_commit_info
 from torch import Tensor, nn
 
 import rwn_ext
-from bench.machine import COMMIT_FACTS, versions
+from bench.machine import commit, versions
 from bench.results import read
 from rwn_ext.memory import measure_cpu
 from rwn_ext.paper.networks import build
@@ -109,10 +108,9 @@ def row(name: str, plain: dict[str, dict[str, int]], lean: dict[str, dict[str, i
 
 def add(row: dict[str, Any], file: Path) -> None:
     """Puts the row into the file, at once or not at all; others of the same machine and commit stay."""
-    found = get_commit_info()
     content: dict[str, Any] = {
         "machine_info": versions(pytest_benchmark_generate_machine_info(), "cpu"),
-        "commit_info": {key: found.get(key) for key in COMMIT_FACTS},
+        "commit_info": commit(),
         "text": TEXT,
     }
     earlier = read(file) if file.exists() else {}

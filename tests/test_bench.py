@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import networks, readme, report, turns, wire
+from bench import machine, networks, readme, report, turns, wire
 from bench.competitors import CHECKPOINTED, FROZEN, LEAN, LORA, OTHERS, OURS, PLAIN, WAYS, rivals, with_convolutions
 from bench.floors import convolution_floor, network_floor, predicted
 from bench.group import WHOLE, Group, ratio
@@ -349,3 +349,20 @@ def test_sockets_count_what_ddp_sends():
     assert found.keys() == {(2, 0.1)}
     assert found[2, 0.1] == pytest.approx(wire.gradient_bytes(0.1), rel=0.02)
     assert wire.gradient_bytes(0.1) < 0.11 * wire.gradient_bytes(1.0)
+
+
+def test_results_that_grow_do_not_make_the_commit_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    results, code = tmp_path / "bench" / "results" / "memory.json", tmp_path / "code.py"
+    results.write_text("{}")
+    code.write_text("")
+    git = ["git", "-c", "user.name=Someone", "-c", "user.email=someone@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "All"]):
+        subprocess.run([*git, *command], check=True)
+    clean = machine.commit()
+    assert len(clean["id"]) == 40 and not clean["dirty"]
+    results.write_text("{ }")
+    assert machine.commit() == clean
+    code.write_text("changed")
+    assert machine.commit() == clean | {"dirty": True}

@@ -23,7 +23,7 @@ def found(name: str, share: float = 0.5) -> dict:
 
 def test_rows_of_the_same_commit_stay_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file, commit = tmp_path / "new" / "memory.json", {"id": "a" * 40, "time": "", "dirty": False}
-    monkeypatch.setattr(memory, "get_commit_info", lambda: commit)
+    monkeypatch.setattr(memory, "commit", lambda: commit)
     for name in reversed(NAMES):
         memory.add(found(name, 0.4), file)
     memory.add(found(NAMES[1]), file)
