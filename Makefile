@@ -12,14 +12,18 @@ SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE MANIFEST.in
 .PHONY: demo test bench lint gpu gpu-full gpu-csrc clean
 
 demo: $(VENV)/installed-paper
-	$(VENV)/bin/python -m rwn_ext.paper demo
+	# from a folder without the sources: the package as installed, with its compiled kernels
+	cd $(VENV) && bin/python -m rwn_ext.paper demo --out ../demo
+
+# Tests and benchmarks run the code of this folder, its compiled kernels too.
+INPLACE = $(VENV)/bin/python setup.py --quiet build_ext --inplace
 
 test: $(VENV)/installed-test
-	# Tests run the code of this folder: its kernels too, compiled just now if an nvcc was found.
-	$(VENV)/bin/python setup.py --quiet build_ext --inplace
+	$(INPLACE)
 	$(VENV)/bin/python -m pytest --numprocesses auto
 
 bench: $(VENV)/installed-bench
+	$(INPLACE)
 	mkdir -p $(RESULTS)
 	$(VENV)/bin/python -m pytest bench -q $(if $(QUICK),--quick,--compiled) --benchmark-columns=median,iqr --benchmark-disable-gc \
 		--benchmark-json=$(RESULTS)/bench.json
