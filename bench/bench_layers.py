@@ -24,7 +24,7 @@ from rwn_ext.report import saved_for_backward
 
 LAYERS = GPU_LAYERS if DEVICE == "cuda" else CPU_LAYERS
 PARTS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0) if DEVICE == "cuda" else (0.05, 0.1, 0.4, 1.0)
-EFFORT = Effort(8, least=41, most=41) if DEVICE == "cuda" else Effort(1.5, most=21)
+EFFORT = Effort(8, least=41, most=41) if DEVICE == "cuda" else Effort(1.5, least=7, most=21)
 # Compiling takes long, so it is done for a few.
 COMPILED = {f"compiled {way}": way for way in (PLAIN, OURS)}
 CASES = [(name, part) for name in LAYERS for part in PARTS]

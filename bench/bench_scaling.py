@@ -40,7 +40,7 @@ GPU_AXES = {
 }
 POINTS = [(axis, value) for axis, values in (GPU_AXES if DEVICE == "cuda" else AXES).items() for value in values]
 QUICK = [("p", 0.05), ("p", 0.4)]
-DEPTHS, DEPTH_EFFORT = (10, 16, 22, 28), Effort(3)
+DEPTHS, DEPTH_EFFORT = (10, 16, 22, 28), Effort(3, least=7)
 NET_ROWS = (
     PLAIN, f"{SLICED} p = 0.1", f"{OURS} p = 0.1", f"{LEAN} p = 0.1", FROZEN, CHECKPOINTED,
     *([MEMSAVE] if MEMSAVE_IS_INSTALLED else []),
