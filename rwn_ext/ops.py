@@ -663,7 +663,7 @@ def visited(input: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, group
 def _overruns(channels: int, kernel_size: Pair, stride: Pair) -> bool:
     """Whether oneDNN's weight gradient, the CPU's, may write beyond its memory.
 
-    In version 3.12 it does, with AVX2, for strided 1x1 filters of 2 to 7 channels, channels_last; plain `nn.Conv2d`
+    In version 3.12 it does, with AVX2, for strided 1x1 filters of up to 7 channels, channels_last; plain `nn.Conv2d`
     crashes alike. Twice as many channels are spared for wider vectors.
     """
     return kernel_size == (1, 1) and stride != (1, 1) and channels < 16
