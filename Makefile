@@ -13,7 +13,7 @@ SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE MANIFEST.in
 
 demo: $(VENV)/installed-paper
 	# from a folder without the sources: the package as installed, with its compiled kernels
-	cd $(VENV) && bin/python -m rwn_ext.paper demo --out $(CURDIR)/demo
+	cd $(VENV) && bin/python -m rwn_ext.paper demo --out "$(CURDIR)/demo"
 
 # Tests and benchmarks run the code of this folder, its compiled kernels too.
 INPLACE = $(VENV)/bin/python setup.py --quiet build_ext --inplace
