@@ -32,7 +32,7 @@ from bench.growing import GrowingResults
 from bench.layers import CPU_LAYERS, GPU_LAYERS, Layer, tolerance
 from bench.rates import rates
 from bench.results import ResultsError
-from rwn_ext import ops, planner
+from rwn_ext import costs, ops, planner
 from rwn_ext.describe import table
 from rwn_ext.paper.heap import keep_freed_memory
 from rwn_ext.paper.timing import synchronized_clock
@@ -100,13 +100,10 @@ class Case:
         grad_output, x = (make(size).to(memory_format=LAYOUTS[self.layout]) for size in sizes)
         return grad_output, x
 
-    def floor(self) -> tuple[int, float]:
+    def floor(self) -> tuple[float, float]:
         """Bytes that every way must move (input, chosen gradient, result), and seconds at this device's rates."""
-        n, c, size, _, r, _ = self.layer
-        pixels, weights = n * self.output_size**2, self.learned * c * r * r
-        moved = self.dtype.itemsize * (n * c * size * size + pixels * self.learned + weights)
-        rate = rates(DEVICE, self.dtype)
-        return moved, max(moved / rate.bytes_per_second, 2 * pixels * weights / rate.flops_per_second)
+        least, rate = costs.floor(self.problem), rates(DEVICE, self.dtype)
+        return least.bytes, max(least.bytes / rate.bytes_per_second, least.flops / rate.flops_per_second)
 
     @property
     def problem(self) -> planner.Problem:

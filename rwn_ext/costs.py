@@ -88,8 +88,9 @@ class Cost(NamedTuple):
 
 
 def floor(p: Problem) -> Cost:
-    """What no kernel can go below: the input and the chosen part of grad_output read once, the result written."""
-    traffic = _input_bytes(p) + _gradient_bytes(p, p.learned) + _result_bytes(p, p.learned)
+    """What no kernel can go below: what the filters see of the input and the chosen part of grad_output read once, the
+    result written."""
+    traffic = _visited_bytes(p) + _gradient_bytes(p, p.learned) + _result_bytes(p, p.learned)
     flops = _flops(p, p.learned)
     return Cost(max(traffic / p.chip.bandwidth, flops / _rate(p)), traffic, flops, 1)
 
@@ -133,11 +134,7 @@ def pointwise(p: Problem) -> Cost:
     in_place = p.channels_last and p.groups == 1 and p.learned % 8 == 0 and p.filters % 8 == 0
     buffer = float(pixels * depth * p.groups * p.element_size)
     gathered = 0.0 if in_place else _gradient_bytes(p, p.learned, sectors=True) + buffer
-    # Of a row of contiguous pixels, the skipped ones are read too.
-    visited = _input_bytes(p) * min(
-        1.0, pixels / (p.batch * p.height * p.width) * (1 if p.channels_last else p.stride[1])
-    )
-    return _correlation(p, pixels, p.channels // p.groups, depth, visited, buffer, gathered, p.normed)
+    return _correlation(p, pixels, p.channels // p.groups, depth, _visited_bytes(p), buffer, gathered, p.normed)
 
 
 def depthwise(p: Problem) -> Cost:
@@ -224,6 +221,19 @@ def _flops(p: Problem, filters: int) -> float:
 
 def _input_bytes(p: Problem) -> float:
     return float(p.batch * p.channels * p.height * p.width * p.element_size)
+
+
+def _visited_bytes(p: Problem) -> float:
+    """Of the input, what some filter tap sees; of a row of contiguous pixels, what lies between is read too."""
+    rows, columns = (
+        len({tap * dilation - pad + stride * i for i in range(outputs) for tap in range(taps)} & {*range(size)})
+        for size, outputs, taps, stride, pad, dilation in zip(
+            (p.height, p.width), p.output_size, p.kernel_size, p.stride, p.padding, p.dilation, strict=True
+        )
+    )
+    if not p.channels_last:
+        columns = min(p.width, columns * p.stride[1])
+    return _input_bytes(p) * rows * columns / (p.height * p.width)
 
 
 def _gradient_bytes(p: Problem, filters: int, *, sectors: bool = False) -> float:

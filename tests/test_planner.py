@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rwn_ext import PartialConv2d, convert, costs, cpu, cuda, planner
@@ -318,7 +318,30 @@ def gpu_problems(draw) -> Problem:
     )  # fmt: skip
 
 
+STRIDED_POINTWISE = Problem(
+    78, 255, 36, 36, 1, 1, (1, 1), stride=(2, 2), padding=(0, 0), device="cuda", dtype="float32", precision="tf32"
+)
+
+
+@pytest.mark.parametrize(
+    ("channels_last", "kernel", "dilation", "pixels"),
+    [(False, 1, 1, 18 * 36), (True, 1, 1, 18 * 18), (True, 2, 1, 36 * 36), (True, 3, 2, 17 * 17 + 2 * 17 + 1)],
+)
+def test_the_floor_counts_what_the_filters_see_of_the_input(channels_last, kernel, dilation, pixels):
+    """36 x 36 pixels, stride 2: every other row and column; where pixels are contiguous, whole rows."""
+    problem = replace(
+        STRIDED_POINTWISE,
+        channels_last=channels_last,
+        kernel_size=(kernel, kernel),
+        dilation=(dilation, dilation),
+    )
+    height, width = problem.output_size
+    chosen, result = 4 * 78 * height * width, 4 * 255 * kernel**2
+    assert costs.floor(problem).bytes == 4 * 78 * 255 * pixels + chosen + result
+
+
 @given(problem=gpu_problems())
+@example(problem=STRIDED_POINTWISE)
 def test_on_a_gpu_nothing_is_picked_that_is_predicted_slower_than_the_library(problem: Problem):
     predicted = {
         name: cost(problem).seconds for name, cost in costs.PRICED.items() if not planner._obstacle(problem, name)
