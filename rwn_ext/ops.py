@@ -366,7 +366,16 @@ def _merge(
     return whole.index_copy_(axis, _index(_complement(tuple(runs), whole.size(axis)), fixed.device), fixed)
 
 
-# Of a fixed Parameter, the whole tensor in whose memory it lies.
+class _Room(NamedTuple):
+    """Memory for a whole weight, in it that of its learned filters from `start` on; where the fixed ones are."""
+
+    whole: Tensor
+    learned: Tensor
+    start: int
+    address: int
+
+
+# Of a fixed Parameter, the room it lies in.
 _ROOMS = WeakIdKeyDictionary()
 # Below this size, copying all of it takes no longer than looking.
 _ROOM_NUMEL = 1 << 14
@@ -382,17 +391,16 @@ def make_room(fixed: Tensor, start: int, count: int) -> None:
     if (
         type(fixed) is not nn.Parameter or not fixed.is_cpu or fixed.numel() < _ROOM_NUMEL
         or start not in (0, fixed.size(0)) or fixed.is_shared() or fixed.is_inference()
+        or fixed.stride(0) != fixed[0].numel() or torch.empty_like(fixed, device="meta").stride() != fixed.stride()
     ):  # fmt: skip
         return
     with torch.inference_mode(False), torch.no_grad():
-        whole = torch.empty(
-            (fixed.size(0) + count, *fixed.shape[1:]), dtype=fixed.dtype, device=fixed.device,
-            memory_format=memory_format(fixed),
-        )  # fmt: skip
-        place = whole.narrow(0, 0 if start else count, fixed.size(0))
-        if place.stride() == fixed.stride():
-            fixed.data = place.copy_(fixed)
-            _ROOMS[fixed] = whole
+        # Its own strides: those of 1x1 filters tell nothing of a memory format.
+        whole = torch.empty_strided(
+            (fixed.size(0) + count, *fixed.shape[1:]), fixed.stride(), dtype=fixed.dtype, device=fixed.device
+        )
+        fixed.data = whole.narrow(0, 0 if start else count, fixed.size(0)).copy_(fixed)
+        _ROOMS[fixed] = _Room(whole, whole.narrow(0, start, count), start, fixed.data_ptr())
 
 
 def _merged_in_room(learned: Tensor, fixed: Tensor, start: int) -> Tensor | None:
@@ -400,16 +408,15 @@ def _merged_in_room(learned: Tensor, fixed: Tensor, start: int) -> Tensor | None
 
     Nor is there where the whole must be differentiable, or where the Parameter has been given other memory since.
     """
-    whole = _ROOMS.get(fixed)
-    if whole is None or (learned.requires_grad and torch.is_grad_enabled()):
+    room = _ROOMS.get(fixed)
+    if room is None or (learned.requires_grad and torch.is_grad_enabled()):
         return None
-    rows = learned.size(0)
-    if whole.size(0) != rows + fixed.size(0):
+    if fixed.data_ptr() != room.address or start != room.start or learned.size(0) != room.learned.size(0):
         return None
-    if whole.narrow(0, 0 if start else rows, fixed.size(0)).data_ptr() != fixed.data_ptr():
+    if learned.size(0) + fixed.size(0) != room.whole.size(0):
         return None
-    whole.narrow(0, start, rows).copy_(learned)
-    return whole
+    room.learned.copy_(learned)
+    return room.whole
 
 
 @lru_cache(maxsize=4096)

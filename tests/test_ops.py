@@ -293,8 +293,8 @@ def test_forward_and_grad_input_cost_what_conv2d_s_do():
 class TestRoom:
     """Of a layer on a CPU, the fixed weights lie in memory that has room for the learned ones."""
 
-    def layer(self, **options) -> PartialConv2d:
-        return PartialConv2d(64, 64, 3, padding=1, **({"trainable": 0.1} | options))
+    def layer(self, channels: int = 64, kernel_size: int = 3, **options) -> PartialConv2d:
+        return PartialConv2d(channels, 64, kernel_size, padding=kernel_size // 2, **({"trainable": 0.1} | options))
 
     def merged(self, conv: PartialConv2d) -> Tensor:
         return ops.merge(
@@ -303,8 +303,9 @@ class TestRoom:
 
     @pytest.mark.parametrize("select", ["last", "first"])
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-    def test_the_whole_is_made_without_copying_what_is_fixed(self, select, layout):
-        conv = self.layer(select=select).to(memory_format=layout)
+    @pytest.mark.parametrize(("channels", "kernel_size"), [(64, 3), (600, 1), (8, 15)])
+    def test_the_whole_is_made_without_copying_what_is_fixed(self, select, layout, channels, kernel_size):
+        conv = self.layer(channels, kernel_size, select=select).to(memory_format=layout)
         expected = conv.weight.detach()
         with torch.no_grad():
             whole = self.merged(conv)
