@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,26 +38,39 @@ def weight_grad(
     dilation: Pair,
     *,
     out: Tensor,
+    depthwise: bool = False,
     instructions: str = "",
 ) -> Tensor:
     """Writes the gradient of the filters `filters` alone into `out` (Kt, C, R, S), and returns it.
 
-    Equals `torch.nn.grad.conv2d_weight(...)[filters]` of a convolution with one group. All are float32 on the CPU, of
-    any strides; the order of the sums depends on the sizes alone, not on the number of threads (torch's).
-    `instructions` names an instruction set of `native.INSTRUCTIONS`, by default the best here; ValueError for another.
+    Equals `torch.nn.grad.conv2d_weight(...)[filters]` of a convolution with one group. With `depthwise`, of one with
+    as many groups as channels and filters, and `input` (N, Kt, H, W) holds the channels of `filters` alone. All are
+    float32 on the CPU, of any strides; the order of the sums depends on the sizes alone, not on the number of threads
+    (torch's). `instructions` names an instruction set of `native.INSTRUCTIONS`, by default the best here; ValueError
+    for another.
     """
-    assert native is not None
-    native.weight_grad(
-        input.data_ptr(), input.shape, input.stride(), grad_output.data_ptr(), grad_output.shape[2:],
-        grad_output.stride(), _indices(filters), out.data_ptr(), out.stride(), kernel_size, stride, padding, dilation,
-        torch.get_num_threads(), instructions,
+    task = _task(
+        input.shape, input.stride(), grad_output.shape, grad_output.stride(), filters, out.stride(), kernel_size,
+        stride, padding, dilation, depthwise, instructions,
     )  # fmt: skip
+    task(input.data_ptr(), grad_output.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
 
 
 @lru_cache(maxsize=4096)
-def _indices(filters: Runs) -> list[int]:
-    return list(run_indices(filters))
+def _task(
+    input_size: torch.Size,
+    input_stride: Runs,
+    output_size: torch.Size,
+    output_stride: Runs,
+    filters: Runs,
+    *others: Any,
+) -> Any:
+    """The compiled code's own form of these arguments: to read them takes it as long as a small layer's gradient."""
+    assert native is not None
+    return native.WeightGrad(
+        input_size, input_stride, output_size[2:], output_stride, list(run_indices(filters)), *others
+    )
 
 
 def obstacle(p: Problem) -> str | None:
@@ -66,6 +79,9 @@ def obstacle(p: Problem) -> str | None:
         return "rwn_ext was built without a C++ compiler, rwn_ext.report.backends() says more"
     if p.device != "cpu" or p.dtype != "float32":
         return f"it computes float32 on a CPU, not {p.dtype} on {p.device}"
-    if p.groups > 1:
-        return f"it needs one group, the learned filters lie in {p.groups}"
+    if p.groups > 1 and not p.groups == p.channels == p.filters:
+        return (
+            f"it needs one group, or one channel and filter for each of the {p.groups} with learned filters; "
+            f"they have {p.channels} channels and {p.filters} filters"
+        )
     return None

@@ -320,6 +320,11 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def _layout(p: Problem) -> torch.memory_format:
+    """That of the input, and so of the weight gradient."""
+    return torch.channels_last if p.channels_last else torch.contiguous_format
+
+
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which need plain differentiable operations."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -524,14 +529,19 @@ def _run(
     planned: _Planned, grad_output: Tensor, input: Tensor, filters: Runs, groups: int, dtype: torch.dtype,
     scale: Tensor | None, shift: Tensor | None, **how: Any,
 ) -> Tensor:  # fmt: skip
-    layout = memory_format(input)
     if scale is not None and shift is not None:
         if planned.algorithm in planner.READERS:
             how["affine"] = scale, shift
         else:
             input = affine_relu(input, scale, shift)
-    grad_weight = planned.implementation(grad_output, input, filters, planned.problem, groups, dtype, **how)
-    return grad_weight.to(dtype).contiguous(memory_format=layout)
+    p = planned.problem
+    grad_weight, layout = planned.implementation(grad_output, input, filters, p, groups, dtype, **how), _layout(p)
+    # Calls that do nothing would be felt by small layers.
+    if grad_weight.dtype != dtype:
+        grad_weight = grad_weight.to(dtype)
+    return (
+        grad_weight if grad_weight.is_contiguous(memory_format=layout) else grad_weight.contiguous(memory_format=layout)
+    )
 
 
 def _sums_bias(planned: _Planned, grad_output: Tensor, input: Tensor) -> bool:
@@ -607,8 +617,8 @@ def _scaled(runs: Runs, factor: int) -> Runs:
 def _full(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """The library's weight gradient of every filter in the touched groups, then the learned ones of it."""
     candidates, rows = _candidates(filters, grad_output.size(1), groups)
-    whole = _library_weight_grad(_gather_channels(grad_output, candidates, memory_format(input)), input, p, p.groups)
-    return _copied(whole, rows, memory_format(input))
+    whole = _library_weight_grad(_gather_channels(grad_output, candidates, _layout(p)), input, p, p.groups)
+    return _copied(whole, rows, _layout(p))
 
 
 def _copied(whole: Tensor, filters: Runs, layout: torch.memory_format) -> Tensor:
@@ -629,7 +639,7 @@ def _candidates(filters: Runs, out_channels: int, groups: int) -> tuple[Runs, Ru
 
 def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     """The library's weight gradient of the learned filters alone, one call a class of groups."""
-    classes, layout = group_classes(filters, grad_output.size(1), groups), memory_format(input)
+    classes, layout = group_classes(filters, grad_output.size(1), groups), _layout(p)
     parts = [
         _library_weight_grad(
             _gather_channels(grad_output, members.filters, layout),
@@ -741,8 +751,10 @@ def _is_differentiated(*operands: Tensor) -> bool:
 
 
 def _direct(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
-    out = torch.empty((p.learned, p.channels, *p.kernel_size), dtype=input.dtype, memory_format=memory_format(input))
-    return cpu.weight_grad(grad_output, input, filters, p.kernel_size, p.stride, p.padding, p.dilation, out=out)
+    shape = (p.learned, p.channels // p.groups, *p.kernel_size)
+    out = torch.empty(shape, dtype=input.dtype, memory_format=_layout(p))
+    geometry = (p.kernel_size, p.stride, p.padding, p.dilation)
+    return cpu.weight_grad(grad_output, input, filters, *geometry, out=out, depthwise=p.groups > 1)
 
 
 def _triton(
@@ -751,7 +763,7 @@ def _triton(
 ) -> Tensor:  # fmt: skip
     kernels = _triton_kernels()
     shape = (p.learned, p.channels // p.groups, *p.kernel_size)
-    out = torch.empty(shape, dtype=dtype, device=input.device, memory_format=memory_format(input))
+    out = torch.empty(shape, dtype=dtype, device=input.device, memory_format=_layout(p))
     return kernels.weight_grad(
         family, grad_output, input, kernels.Filters(filters, grad_output.size(1), groups), p.kernel_size, p.stride,
         p.padding, p.dilation, out=out, bias=bias, affine=affine and kernels.Affine(*affine), precision=p.precision,
@@ -785,7 +797,7 @@ _ALGORITHMS: dict[str, Callable[..., Tensor]] = {
 
 def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Tensor]]:
     """Each algorithm on operands of this problem's shape, for the planner to measure."""
-    dtype, layout = getattr(torch, p.dtype), torch.channels_last if p.channels_last else torch.contiguous_format
+    dtype, layout = getattr(torch, p.dtype), _layout(p)
     sizes = (p.batch, p.channels, p.height, p.width), (p.batch, p.filters, *p.output_size)
     input, grad_output = (torch.randn(size, dtype=dtype, device=p.device).to(memory_format=layout) for size in sizes)
     per_group = -(-p.learned // p.groups)

@@ -316,13 +316,15 @@ def _triton_obstacle(p: Problem) -> str | None:
 # wherever it can be used and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than 8 its
 # sums are of nothing but for a part, which three filters of 3x3 can bear. With one tap it wins while it waits for
 # memory, as a matrix product so narrow is not shared among threads, and where there are so few pixels that the
-# preparations of a product are felt. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN
+# preparations of a product are felt. Of depthwise filters it wins unless it must copy many channels of contiguous
+# pixels; with large kernels even then. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN
 # computes filters in blocks of a vector register, so a block saved is a gain and less is none; and a few million
 # multiply-adds take less time than a call of the library, of which "full" needs one less.
 CPU_DIRECT_CHANNELS = 8
 CPU_DIRECT_SHALLOW_TAPS, CPU_DIRECT_SHALLOW_FILTERS = 9, 3
 CPU_DIRECT_POINTWISE_FILTERS = 24
 CPU_DIRECT_POINTWISE_PIXELS = 1024
+CPU_DIRECT_DEPTHWISE_CHANNELS, CPU_DIRECT_DEPTHWISE_INPUTS, CPU_DIRECT_DEPTHWISE_TAPS = 16, 128 * 1024, 9
 # Unfolded columns: while they are no more than this many for each input channel, the copy costs less than it spares.
 CPU_UNFOLD_COLUMNS_PER_CHANNEL = 2
 CPU_UNFOLD_CHANNELS = 64
@@ -361,6 +363,14 @@ def _cheapest(p: Problem, algorithms: costs.Algorithms) -> tuple[str, float]:
 def _by_measured_limits(p: Problem) -> Plan:
     r, s = p.kernel_size
     pixels = p.batch * p.output_size[0] * p.output_size[1]
+    if p.channels == p.groups and not _obstacle(p, "direct"):
+        if p.channels_last or r * s > CPU_DIRECT_DEPTHWISE_TAPS:
+            return Plan("direct", f"{r * s} taps of one channel each are little work for a call of the library")
+        inputs = p.batch * p.channels * p.height * p.width
+        if p.channels <= CPU_DIRECT_DEPTHWISE_CHANNELS or inputs <= CPU_DIRECT_DEPTHWISE_INPUTS:
+            return Plan(
+                "direct", f"{inputs:,} inputs are copied pixel by pixel in less than a call of the library takes"
+            )
     if p.learned < p.filters and not _obstacle(p, "direct"):
         if r * s == 1 and p.channels_last and p.learned <= CPU_DIRECT_POINTWISE_FILTERS:
             return Plan("direct", "so few 1x1 filters take as long as reading the input")

@@ -23,11 +23,12 @@ def instructions() -> tuple[str, ...]:
     return cpu.native.INSTRUCTIONS if cpu.native is not None else ()
 
 
-def weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, which=""):
-    out = torch.full((len(filters), input.size(1), *kernel_size), torch.nan)
+def weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, which="", depthwise=False):
+    out = torch.full((len(filters), 1 if depthwise else input.size(1), *kernel_size), torch.nan)
     return cpu.weight_grad(
-        grad_output, input, filters.runs, kernel_size, stride, padding, dilation, out=out, instructions=which
-    )
+        grad_output, input, filters.runs, kernel_size, stride, padding, dilation, out=out, depthwise=depthwise,
+        instructions=which,
+    )  # fmt: skip
 
 
 def oracle(grad_output, input, filters, kernel_size, stride, padding, dilation):
@@ -65,6 +66,36 @@ def test_sums_of_integers_are_exact(
 
 
 @pytest.mark.parametrize("which", instructions())
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    batch=st.sampled_from((1, 2, 3, 17)), channels=st.integers(1, 50), data=st.data(), run=st.booleans(),
+    kernel=pairs, stride=pairs, dilation=pairs, padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    extra=st.tuples(st.integers(0, 9), st.sampled_from((0, 1, 6, 40, 75))),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+)  # fmt: skip
+def test_depthwise_sums_of_integers_are_exact(
+    which, batch, channels, data, run, kernel, stride, dilation, padding, extra, layouts
+):
+    size = [
+        max(d * (k - 1) + 1 - 2 * pad, 1) + e for d, k, pad, e in zip(dilation, kernel, padding, extra, strict=True)
+    ]
+    input = torch.randint(-4, 5, (batch, channels, *size)).float()
+    weight = torch.zeros(channels, 1, *kernel, dtype=torch.float64, requires_grad=True)
+    output = F.conv2d(input.double(), weight, None, stride, padding, dilation, channels)
+    grad_output = torch.randint(-4, 5, output.shape).float().contiguous(memory_format=layouts[0])
+    if run:
+        begin = data.draw(st.integers(0, channels - 1))
+        chosen = range(begin, data.draw(st.integers(begin, channels - 1)) + 1)
+    else:
+        chosen = data.draw(st.sets(st.integers(0, channels - 1), min_size=1))
+    learned = Subset.from_indices(channels, sorted(chosen))
+    seen = input[:, sorted(chosen)].contiguous(memory_format=layouts[1])
+    ours = weight_grad(grad_output, seen, learned, kernel, stride, padding, dilation, which, depthwise=True)
+    (whole,) = torch.autograd.grad(output, weight, grad_output.double())
+    assert torch.equal(ours.double(), whole[sorted(chosen)])
+
+
+@pytest.mark.parametrize("which", instructions())
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("size", "kernel", "stride", "padding"),
@@ -94,15 +125,21 @@ def test_any_strides(which):
     torch.testing.assert_close(ours.double(), oracle(grad_output, input, *geometry), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("batch", "kernel", "padding"), [(5, (3, 3), (1, 1)), (24, (1, 1), (0, 0))])
-def test_sums_do_not_depend_on_the_threads(batch, kernel, padding):
-    input, grad_output = torch.randn(batch, 40, 16, 16), torch.randn(batch, 8, 16, 16)
-    geometry = (Subset.from_indices(8, [2, 5, 7]), kernel, (1, 1), padding, (1, 1))
+@pytest.mark.parametrize(
+    ("batch", "kernel", "padding", "depthwise"),
+    [
+        (5, (3, 3), (1, 1), False), (24, (1, 1), (0, 0), False), (3, (3, 3), (1, 1), True), (9, (3, 3), (1, 1), True)
+    ],
+)  # fmt: skip
+def test_sums_do_not_depend_on_the_threads(batch, kernel, padding, depthwise):
+    input, grad_output = torch.randn(batch, 40, 16, 16), torch.randn(batch, 40, 16, 16)
+    filters = Subset.full(40) if depthwise else Subset.from_indices(40, [2, 5, 7])
+    geometry = (filters, kernel, (1, 1), padding, (1, 1))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results += [weight_grad(grad_output, input, *geometry) for _ in range(3)]
+            results += [weight_grad(grad_output, input, *geometry, depthwise=depthwise) for _ in range(3)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -127,8 +164,9 @@ spec.loader.exec_module(native)
 assert not hasattr(ctypes.CDLL(None), "GOMP_parallel")
 ones, result = array.array("f", [1] * 4 * 32 * 25), array.array("f", [0] * 32)
 address = lambda a: a.buffer_info()[0]
-native.weight_grad(address(ones), (4, 32, 5, 5), (800, 25, 5, 1), address(ones), (5, 5), (800, 25, 5, 1), [3],
-                   address(result), (32, 1, 1, 1), (1, 1), (1, 1), (0, 0), (1, 1), 4)
+task = native.WeightGrad((4, 32, 5, 5), (800, 25, 5, 1), (5, 5), (800, 25, 5, 1), [3], (32, 1, 1, 1), (1, 1), (1, 1),
+                         (0, 0), (1, 1))
+task(address(ones), address(ones), address(result), 4)
 assert set(result) == {{100.0}}, result
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -153,6 +191,25 @@ def test_a_layer_asked_for_it_gets_the_gradient_of_its_filters():
     torch.testing.assert_close(conv.weight_trainable.grad.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("trainable", [0.3, [0, 3, 19], 1.0])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_depthwise_layer_is_given_it(trainable, layout):
+    torch.manual_seed(0)
+    conv = PartialConv2d(20, 20, 3, stride=2, padding=1, groups=20, trainable=trainable).to(memory_format=layout)
+    x = torch.randn(3, 20, 11, 12).contiguous(memory_format=layout)
+    if trainable != 1.0:
+        assert planner.plan(conv.problem(x)).algorithm == "direct"
+    output = conv(x)
+    cotangent = torch.randn_like(output)
+    output.backward(cotangent)
+    weight = conv.weight.detach().double().requires_grad_()
+    expected = F.conv2d(x.double(), weight, conv.bias.double(), 2, 1, 1, 20)
+    (whole,) = torch.autograd.grad(expected, weight, cotangent.double())
+    torch.testing.assert_close(
+        conv.weight_trainable.grad.double(), whole[list(run_indices(conv.filters.runs))], rtol=1e-5, atol=1e-4
+    )
+
+
 def test_double_backward_goes_through_differentiable_operations():
     input, grad_output = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(2, 4, 5, 5, requires_grad=True)
     geometry = ((1, 3), (3, 3), (1, 1), (1, 1), (1, 1), 1, "direct")
@@ -164,7 +221,8 @@ def test_double_backward_goes_through_differentiable_operations():
     [
         ({"dtype": "bfloat16"}, "not bfloat16 on cpu"),
         ({"device": "cuda"}, "not float32 on cuda"),
-        ({"groups": 2}, "the learned filters lie in 2"),
+        ({"groups": 2}, "each of the 2 with learned filters; they have 8 channels and 8 filters"),
+        ({"groups": 8, "filters": 16}, "each of the 8 with learned filters; they have 8 channels and 16 filters"),
     ],
 )
 def test_obstacles(change, reason):

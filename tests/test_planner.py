@@ -75,6 +75,13 @@ def test_heuristic(change: dict, picked: str, without_cpu_kernel):
         ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 25}, False),
         ({"kernel_size": (1, 1), "padding": (0, 0), "batch": 1, "learned": 40}, True),
         ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 2, "channels_last": False}, False),
+        ({"learned": 64, "groups": 64}, True),
+        ({"learned": 64, "groups": 64, "channels_last": False}, True),
+        ({"learned": 64, "groups": 64, "channels_last": False, "batch": 3}, False),
+        ({"learned": 64, "groups": 64, "channels_last": False, "batch": 3, "kernel_size": (5, 5)}, True),
+        ({"channels": 16, "filters": 16, "learned": 16, "groups": 16, "channels_last": False, "batch": 64}, True),
+        ({"filters": 128, "learned": 64, "groups": 64}, False),
+        ({"learned": 64, "groups": 64, "dtype": "bfloat16"}, False),
     ],
     ids=str,
 )

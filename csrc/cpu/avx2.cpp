@@ -2,7 +2,8 @@
 #define LANES 8
 #define COLUMNS 6
 #include "correlate.h"
+#include "depthwise.h"
 
 namespace rwn::cpu {
-extern const Code avx2 = {"avx2", TILE, correlate, scratch_floats};
+extern const Code avx2 = {"avx2", TILE, LANES, correlate, scratch_floats, correlate_depthwise};
 }

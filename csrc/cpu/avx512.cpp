@@ -2,7 +2,8 @@
 #define LANES 16
 #define COLUMNS 12
 #include "correlate.h"
+#include "depthwise.h"
 
 namespace rwn::cpu {
-extern const Code avx512 = {"avx512", TILE, correlate, scratch_floats};
+extern const Code avx512 = {"avx512", TILE, LANES, correlate, scratch_floats, correlate_depthwise};
 }

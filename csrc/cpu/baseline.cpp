@@ -2,7 +2,8 @@
 #define LANES 4
 #define COLUMNS 6
 #include "correlate.h"
+#include "depthwise.h"
 
 namespace rwn::cpu {
-extern const Code baseline = {"baseline", TILE, correlate, scratch_floats};
+extern const Code baseline = {"baseline", TILE, LANES, correlate, scratch_floats, correlate_depthwise};
 }

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "weight_grad.h"
@@ -26,25 +27,38 @@ const Code& code_named(const std::string& name) {
   throw py::value_error("instructions='" + name + "' cannot run here; choose one of " + able);
 }
 
-void bound_weight_grad(uintptr_t input, const Quadruple& input_size, const Strides& input_stride, uintptr_t grad_output,
-                       const Pair& output_size, const Strides& gradient_stride, const std::vector<int64_t>& filters,
-                       uintptr_t result, const Strides& result_stride, const Pair& kernel_size, const Pair& stride,
-                       const Pair& padding, const Pair& dilation, int threads, const std::string& instructions) {
-  Problem p{};
-  p.batch = input_size[0], p.channels = input_size[1], p.height = input_size[2], p.width = input_size[3];
-  p.learned = int(filters.size()), p.out_height = output_size[0], p.out_width = output_size[1];
-  p.kernel_h = kernel_size[0], p.kernel_w = kernel_size[1], p.stride_h = stride[0], p.stride_w = stride[1];
-  p.padding_h = padding[0], p.padding_w = padding[1], p.dilation_h = dilation[0], p.dilation_w = dilation[1];
-  for (int i = 0; i < 4; ++i) {
-    p.input_stride[i] = input_stride[i], p.gradient_stride[i] = gradient_stride[i];
-    p.result_stride[i] = result_stride[i];
+// One problem with all that does not change from call to call.
+class WeightGrad {
+ public:
+  WeightGrad(const Quadruple& input_size, const Strides& input_stride, const Pair& output_size,
+             const Strides& gradient_stride, std::vector<int64_t> filters, const Strides& result_stride,
+             const Pair& kernel_size, const Pair& stride, const Pair& padding, const Pair& dilation, bool depthwise,
+             const std::string& instructions)
+      : code_(instructions.empty() ? **codes() : code_named(instructions)), filters_(std::move(filters)) {
+    Problem& p = problem_;
+    p.depthwise = depthwise;
+    p.batch = input_size[0], p.channels = input_size[1], p.height = input_size[2], p.width = input_size[3];
+    p.learned = int(filters_.size()), p.out_height = output_size[0], p.out_width = output_size[1];
+    p.kernel_h = kernel_size[0], p.kernel_w = kernel_size[1], p.stride_h = stride[0], p.stride_w = stride[1];
+    p.padding_h = padding[0], p.padding_w = padding[1], p.dilation_h = dilation[0], p.dilation_w = dilation[1];
+    for (int i = 0; i < 4; ++i) {
+      p.input_stride[i] = input_stride[i], p.gradient_stride[i] = gradient_stride[i];
+      p.result_stride[i] = result_stride[i];
+    }
   }
-  if (threads < 1) throw py::value_error("threads=" + std::to_string(threads) + " is less than 1");
-  const Code& code = instructions.empty() ? **codes() : code_named(instructions);
-  py::gil_scoped_release release;
-  weight_grad(code, p, reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(grad_output),
-              filters.data(), reinterpret_cast<float*>(result), threads);
-}
+
+  void operator()(uintptr_t input, uintptr_t grad_output, uintptr_t result, int threads) const {
+    if (threads < 1) throw py::value_error("threads=" + std::to_string(threads) + " is less than 1");
+    py::gil_scoped_release release;
+    weight_grad(code_, problem_, reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(grad_output),
+                filters_.data(), reinterpret_cast<float*>(result), threads);
+  }
+
+ private:
+  const Code& code_;
+  const std::vector<int64_t> filters_;
+  Problem problem_{};
+};
 
 }  // namespace
 
@@ -52,10 +66,14 @@ PYBIND11_MODULE(_cpu, m) {
   py::list names;
   for (const Code* const* code = codes(); *code; ++code) names.append((*code)->name);
   m.attr("INSTRUCTIONS") = py::tuple(names);
-  m.def("weight_grad", &bound_weight_grad, py::arg("input"), py::arg("input_size"), py::arg("input_stride"),
-        py::arg("grad_output"), py::arg("output_size"), py::arg("grad_output_stride"), py::arg("filters"),
-        py::arg("result"), py::arg("result_stride"), py::arg("kernel_size"), py::arg("stride"), py::arg("padding"),
-        py::arg("dilation"), py::arg("threads"), py::arg("instructions") = "");
+  py::class_<WeightGrad>(m, "WeightGrad")
+      .def(py::init<const Quadruple&, const Strides&, const Pair&, const Strides&, std::vector<int64_t>, const Strides&,
+                    const Pair&, const Pair&, const Pair&, const Pair&, bool, const std::string&>(),
+           py::arg("input_size"), py::arg("input_stride"), py::arg("output_size"), py::arg("grad_output_stride"),
+           py::arg("filters"), py::arg("result_stride"), py::arg("kernel_size"), py::arg("stride"), py::arg("padding"),
+           py::arg("dilation"), py::arg("depthwise") = false, py::arg("instructions") = "")
+      .def("__call__", &WeightGrad::operator(), py::arg("input"), py::arg("grad_output"), py::arg("result"),
+           py::arg("threads"));
 }
 
 }  // namespace rwn::cpu

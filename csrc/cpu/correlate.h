@@ -124,11 +124,6 @@ void pack(const Problem& p, const Block& b, int channels, const float* input, fl
   }
 }
 
-// Where pixels lie, of the input or of the gradient.
-struct Steps {
-  int64_t image, row, column;
-};
-
 // The operands of one tap.
 struct Walk {
   int images, rows, columns;

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <vector>
 
 #include "threads.h"
 
@@ -34,6 +36,8 @@ namespace {
 
 // So many items keep a large machine busy; a split costs a sum more, and one of all channels a larger one.
 constexpr int ITEMS = 64, WIDE_ITEMS = 16;
+// Of depthwise filters an item is all channels of fewer images: their neighbours share what the caches fetch.
+constexpr int WIDE_DEPTHWISE = 4;
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -49,69 +53,134 @@ Floats allocate(int64_t floats) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where a tile begins: the last one ends where the channels do, and so may share some with the one before.
-int first_channel(const Problem& p, int tile_size, int64_t tile) {
-  return std::max(0, std::min(int(tile) * tile_size, p.channels - tile_size));
-}
-
-// Pixels of the gradient are asked for so many pixels before they are read, where they lie so many floats apart: then
-// most of what lies between is skipped, and no machine guesses that.
+// Pixels are asked for so many pixels before they are read, where they lie so many floats apart: then most of what lies
+// between is skipped, and no machine guesses that.
 constexpr int AHEAD = 64, FAR = 32;
 
-// (N, P, Q, Kt), of one image.
-void gather_image(const Problem& p, int n, const float* grad_output, const int64_t* filters, float* to) {
-  const int64_t ahead = AHEAD * p.gradient_stride[3] + filters[0] * p.gradient_stride[1];
-  for (int row = 0; row < p.out_height; ++row) {
-    const float* from = grad_output + n * p.gradient_stride[0] + row * p.gradient_stride[2];
-    for (int column = 0; column < p.out_width; ++column, from += p.gradient_stride[3], to += p.learned) {
-      if (p.gradient_stride[3] >= FAR) __builtin_prefetch(from + ahead);
-      for (int k = 0; k < p.learned; ++k) to[k] = from[filters[k] * p.gradient_stride[1]];
+// Some channels, and where they lie in (N, C, rows, columns).
+struct Channels {
+  const int64_t* of;
+  int count;
+  const int64_t* stride;
+};
+
+// (N, rows, columns, pitch), of one image: these channels, what is left of the pitch zero.
+void gather_image(const Channels& c, int rows, int columns, const float* image, int pitch, float* to) {
+  const int64_t ahead = AHEAD * c.stride[3] + c.of[0] * c.stride[1];
+  for (int row = 0; row < rows; ++row) {
+    const float* from = image + row * c.stride[2];
+    for (int column = 0; column < columns; ++column, from += c.stride[3], to += pitch) {
+      if (c.stride[3] >= FAR) __builtin_prefetch(from + ahead);
+      for (int k = 0; k < c.count; ++k) to[k] = from[c.of[k] * c.stride[1]];
+      for (int k = c.count; k < pitch; ++k) to[k] = 0;
     }
   }
 }
 
-}  // namespace
-
-void weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
-                 const int64_t* filters, float* result, int threads) {
-  const int64_t image = int64_t(p.out_height) * p.out_width * p.learned;
-  const Floats gradient = allocate(p.batch * image);
+Floats gather(const Problem& p, const Channels& c, int rows, int columns, const float* from, int pitch, int threads) {
+  const int64_t image = int64_t(rows) * columns * pitch;
+  Floats dense = allocate(p.batch * image);
   run(threads, p.batch,
-      [&](int64_t n, int) { gather_image(p, int(n), grad_output, filters, gradient.get() + n * image); });
+      [&](int64_t n, int) { gather_image(c, rows, columns, from + n * c.stride[0], pitch, dense.get() + n * image); });
+  return dense;
+}
 
-  // With one tap, an item is all channels of some images where there are enough of these: it reads memory in order.
-  const int64_t tiles = divide_up(p.channels, code.tile);
-  const bool wide = p.taps() == 1 && p.batch >= WIDE_ITEMS;
-  const int64_t tiles_each = wide ? tiles : 1, shares = tiles / tiles_each;
-  const int64_t splits = std::clamp<int64_t>((wide ? WIDE_ITEMS : ITEMS) / shares, 1, std::max(p.batch, 1));
-  const int64_t sums = int64_t(p.taps()) * p.learned * code.tile, scratch = code.scratch_floats(p);
-  const Floats partial = allocate(splits * tiles * sums), scratches = allocate(threads * scratch);
-  run(threads, shares * splits, [&](int64_t i, int thread) {
+// How the work is cut: channels in tiles, and these or all of them (`wide`) of some images are an item. Each channel
+// has the sums of so many filters.
+struct Cut {
+  int channels, tile, filters;
+  bool wide;
+
+  int64_t tiles() const { return divide_up(channels, tile); }
+  int64_t tiles_each() const { return wide ? tiles() : 1; }
+  int64_t shares() const { return tiles() / tiles_each(); }
+  int64_t splits(int batch) const {
+    return std::clamp<int64_t>((wide ? WIDE_ITEMS : ITEMS) / shares(), 1, std::max(batch, 1));
+  }
+  // The last tile ends where the channels do, and so may share some with the one before.
+  int first_channel(int64_t i) const { return std::max(0, std::min(int(i) * tile, channels - tile)); }
+};
+
+// Adds up what `correlate(item, thread, to)` adds to `to`, (tiles, taps, filters, tile), and writes it to the result.
+template <class Correlate>
+void sum(const Problem& p, const Cut& cut, float* result, int threads, const Correlate& correlate) {
+  const int64_t tiles = cut.tiles(), tiles_each = cut.tiles_each(), splits = cut.splits(p.batch);
+  const int64_t sums = int64_t(p.taps()) * cut.filters * cut.tile;
+  const Floats partial = allocate(splits * tiles * sums);
+  run(threads, cut.shares() * splits, [&](int64_t i, int thread) {
     // Tiles of the same images follow each other: neighbouring channels share what the caches fetch.
-    const int64_t tile = i % shares * tiles_each, split = i / shares;
+    const int64_t tile = i % cut.shares() * tiles_each, split = i / cut.shares();
     const int first = int(p.batch * split / splits), end = int(p.batch * (split + 1) / splits);
-    const int channel = first_channel(p, code.tile, tile);
-    const Item item = {first, end - first, channel, wide ? p.channels : std::min(code.tile, p.channels)};
+    const Item item = {first, end - first, cut.first_channel(tile),
+                       cut.wide ? cut.channels : std::min(cut.tile, cut.channels)};
     float* to = partial.get() + (split * tiles + tile) * sums;
     std::fill_n(to, tiles_each * sums, 0.0f);
-    code.correlate(p, item, input, gradient.get(), scratches.get() + thread * scratch, to);
+    correlate(item, thread, to);
   });
 
+  const int64_t step = p.result_stride[p.depthwise ? 0 : 1];
   run(threads, tiles, [&](int64_t tile, int) {
     float* total = partial.get() + tile * sums;
     for (int64_t split = 1; split < splits; ++split) {
       const float* other = total + split * tiles * sums;
       for (int64_t i = 0; i < sums; ++i) total[i] += other[i];
     }
-    const int channel = first_channel(p, code.tile, tile), end = std::min(channel + code.tile, p.channels) - channel;
-    const int begin = int(tile * code.tile) - channel;  // what lies before is the tile before's
+    const int channel = cut.first_channel(tile), end = std::min(channel + cut.tile, cut.channels) - channel;
+    const int begin = int(tile * cut.tile) - channel;  // what lies before is the tile before's
     for (int tap = 0; tap < p.taps(); ++tap) {
-      for (int k = 0; k < p.learned; ++k, total += code.tile) {
-        float* to = result + k * p.result_stride[0] + channel * p.result_stride[1] +
-                    tap / p.kernel_w * p.result_stride[2] + tap % p.kernel_w * p.result_stride[3];
-        for (int c = begin; c < end; ++c) to[c * p.result_stride[1]] = total[c];
+      for (int k = 0; k < cut.filters; ++k, total += cut.tile) {
+        float* to = result + k * p.result_stride[0] + channel * step + tap / p.kernel_w * p.result_stride[2] +
+                    tap % p.kernel_w * p.result_stride[3];
+        for (int c = begin; c < end; ++c) to[c * step] = total[c];
       }
     }
+  });
+}
+
+// Each channel beside its filter; read where they lie if a register of them can be.
+void depthwise_weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
+                           const int64_t* filters, float* result, int threads) {
+  const int pitch = std::max(p.learned, code.depthwise_tile);
+  const auto steps = [&](const int64_t* stride) { return Steps{stride[0], stride[2], stride[3]}; };
+  const auto dense = [&](int rows, int columns) {
+    return Steps{int64_t(rows) * columns * pitch, int64_t(columns) * pitch, pitch};
+  };
+  Floats pixels, gradient;
+  Steps from = steps(p.input_stride), outputs = steps(p.gradient_stride);
+  if (p.learned < pitch || p.input_stride[1] != 1) {
+    std::vector<int64_t> all(p.learned);
+    std::iota(all.begin(), all.end(), 0);
+    const Channels channels = {all.data(), p.learned, p.input_stride};
+    pixels = gather(p, channels, p.height, p.width, input, pitch, threads);
+    input = pixels.get(), from = dense(p.height, p.width);
+  }
+  if (p.learned < pitch || p.gradient_stride[1] != 1 || filters[p.learned - 1] - filters[0] >= p.learned) {
+    const Channels channels = {filters, p.learned, p.gradient_stride};
+    gradient = gather(p, channels, p.out_height, p.out_width, grad_output, pitch, threads);
+    grad_output = gradient.get(), outputs = dense(p.out_height, p.out_width);
+  } else {
+    grad_output += filters[0];
+  }
+  const Cut cut = {p.learned, code.depthwise_tile, 1, p.batch >= WIDE_DEPTHWISE};
+  sum(p, cut, result, threads, [&](const Item& item, int, float* to) {
+    const int channel = item.first_channel;
+    code.correlate_depthwise(p, item, input + channel, from, grad_output + channel, outputs, to);
+  });
+}
+
+}  // namespace
+
+void weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
+                 const int64_t* filters, float* result, int threads) {
+  if (p.depthwise) return depthwise_weight_grad(code, p, input, grad_output, filters, result, threads);
+  const Channels learned = {filters, p.learned, p.gradient_stride};
+  const Floats gradient = gather(p, learned, p.out_height, p.out_width, grad_output, p.learned, threads);
+  const int64_t scratch = code.scratch_floats(p);
+  const Floats scratches = allocate(threads * scratch);
+  // With one tap, an item is all channels of some images where there are enough of these: it reads memory in order.
+  const Cut cut = {p.channels, code.tile, p.learned, p.taps() == 1 && p.batch >= WIDE_ITEMS};
+  sum(p, cut, result, threads, [&](const Item& item, int thread, float* to) {
+    code.correlate(p, item, input, gradient.get(), scratches.get() + thread * scratch, to);
   });
 }
 

@@ -4,8 +4,10 @@
 
 namespace rwn::cpu {
 
-// Sizes, and strides in elements. Of the result (Kt, C, R, S), `learned` is Kt.
+// Sizes, and strides in elements. Of the result (Kt, C, R, S), `learned` is Kt. `depthwise`: each learned filter sees
+// one channel, and the input holds these alone, Kt; the result is (Kt, 1, R, S).
 struct Problem {
+  bool depthwise;
   int batch, channels, height, width;
   int learned, out_height, out_width;
   int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
@@ -21,21 +23,29 @@ struct Item {
   int first_channel, channels;
 };
 
+// Where pixels lie, of the input or of the gradient; their channels lie side by side.
+struct Steps {
+  int64_t image, row, column;
+};
+
 // The code of one instruction set. `gradient` is (N, P, Q, Kt), `sums` (tiles, taps, Kt, tile) and all zero before;
-// `scratch` holds `scratch_floats`.
+// `scratch` holds `scratch_floats`. Of depthwise filters, a tile of channels is one of filters, `sums` (taps, tile).
 struct Code {
   const char* name;
-  int tile;  // channels that are worked on at once
+  int tile, depthwise_tile;  // channels that are worked on at once
   void (*correlate)(const Problem&, const Item&, const float* input, const float* gradient, float* scratch,
                     float* sums);
   int64_t (*scratch_floats)(const Problem&);
+  void (*correlate_depthwise)(const Problem&, const Item&, const float* input, const Steps&, const float* gradient,
+                              const Steps&, float* sums);
 };
 
 // Those that this machine can run, the best first; then nullptr.
 const Code* const* codes();
 
 // result[k, c, r, s] = sum over n, p, q of grad_output[n, filters[k], p, q] * input[n, c, p', q'], where
-// p' = p * stride_h + r * dilation_h - padding_h, q' likewise. The order of the sums depends on the sizes alone,
+// p' = p * stride_h + r * dilation_h - padding_h, q' likewise; of depthwise filters result[k, 0, r, s], c being k. The
+// order of the sums depends on the sizes alone,
 // not on `threads`.
 void weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
                  const int64_t* filters, float* result, int threads);
