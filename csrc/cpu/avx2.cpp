@@ -5,5 +5,5 @@
 #include "depthwise.h"
 
 namespace rwn::cpu {
-extern const Code avx2 = {"avx2", TILE, LANES, correlate, scratch_floats, correlate_depthwise};
+extern const Code avx2 = {"avx2", TILE, LANES, correlate, scratch_floats, gradient_halo, correlate_depthwise};
 }

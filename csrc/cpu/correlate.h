@@ -4,8 +4,10 @@
 // The idea: a block of the input, some rows of one tile of channels, or some small images of it, is copied to where
 // it is dense. Over it moves the small gradient: for each tap of the kernel, every pixel of the block that the tap
 // reaches is two registers of channels, times each filter's gradient there, which is one number. The sums of a tap's
-// filters stay in registers for the whole block; its pixels come from the first level cache, taps times. A single tap
-// reads the input where it lies, a block's tiles one after another, so that memory is read in the order it is in.
+// filters stay in registers for the whole block; its pixels come from the first level cache, taps times. With so few
+// filters that registers are left, several taps of a row of the kernel share a pixel: each finds its own gradient for
+// it, a zero where it has none. A single tap reads the input where it lies, a block's tiles one after another, so that
+// memory is read in the order it is in.
 //
 // Nothing of the standard library's inline code here: the linker keeps one copy of it, perhaps this one, for all.
 #include "weight_grad.h"
@@ -19,6 +21,8 @@ constexpr int BLOCK_COLUMNS = 32;
 constexpr int BLOCK_BYTES = 24 * 1024;
 // With a single tap it has so many outputs: cache lines in which one tile ends and the next begins are still there.
 constexpr int SINGLE_TAP_OUTPUTS = 128;
+// So many taps share a pixel at most.
+constexpr int TAPS_TOGETHER = 3;
 // Pixels of the input are asked for so many pixels before they are copied, or else used where they lie.
 constexpr int AHEAD = 16, FAR_AHEAD = 256;
 
@@ -27,22 +31,35 @@ typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 int smaller(int a, int b) { return a < b ? a : b; }
 int larger(int a, int b) { return a > b ? a : b; }
 
-// Some outputs of each of some images, and the input they are computed from.
+// Some outputs of each of some images, and the input they are computed from. Where taps share pixels, `columns` are
+// those of the input.
 struct Block {
   int image, images;
   int row, rows, column, columns;            // of the output
   int top, left, input_rows, input_columns;  // of the input; top and left may lie before it
 };
 
-int block_columns(const Problem& p) { return smaller(p.out_width, BLOCK_COLUMNS); }
+// Whether taps share pixels.
+bool together(const Problem& p) { return p.kernel_w > 1 && p.stride_w == 1 && p.learned <= COLUMNS / 2; }
+
+// So many columns of zeros on either side of the gradient are read then.
+int gradient_halo(const Problem& p) { return together(p) ? (p.kernel_w - 1) * p.dilation_w : 0; }
+
+int all_columns(const Problem& p) { return together(p) ? p.width : p.out_width; }
+
+int block_columns(const Problem& p) { return smaller(all_columns(p), BLOCK_COLUMNS); }
 
 int input_extent(int outputs, int stride, int kernel, int dilation) {
   return (outputs - 1) * stride + (kernel - 1) * dilation + 1;
 }
 
+int input_columns(const Problem& p, int columns) {
+  return together(p) ? columns : input_extent(columns, p.stride_w, p.kernel_w, p.dilation_w);
+}
+
 int block_rows(const Problem& p) {
   if (p.taps() == 1) return larger(1, smaller(p.out_height, SINGLE_TAP_OUTPUTS / block_columns(p)));
-  const int columns = input_extent(block_columns(p), p.stride_w, p.kernel_w, p.dilation_w);
+  const int columns = input_columns(p, block_columns(p));
   const int input_rows = BLOCK_BYTES / (columns * TILE * int(sizeof(float)));
   const int rows = (input_rows - (p.kernel_h - 1) * p.dilation_h - 1) / p.stride_h + 1;
   return larger(1, smaller(p.out_height, rows));
@@ -50,9 +67,9 @@ int block_rows(const Problem& p) {
 
 // Small images share a block; then it holds each of them whole.
 int block_images(const Problem& p) {
-  if (block_rows(p) < p.out_height || block_columns(p) < p.out_width) return 1;
+  if (block_rows(p) < p.out_height || block_columns(p) < all_columns(p)) return 1;
   const int rows = input_extent(p.out_height, p.stride_h, p.kernel_h, p.dilation_h);
-  const int columns = input_extent(p.out_width, p.stride_w, p.kernel_w, p.dilation_w);
+  const int columns = input_columns(p, all_columns(p));
   return larger(1, BLOCK_BYTES / (rows * columns * TILE * int(sizeof(float))));
 }
 
@@ -60,10 +77,10 @@ Block block_at(const Problem& p, int image, int images, int row, int column) {
   Block b;
   b.image = image, b.images = images;
   b.row = row, b.rows = smaller(block_rows(p), p.out_height - row);
-  b.column = column, b.columns = smaller(block_columns(p), p.out_width - column);
-  b.top = row * p.stride_h - p.padding_h, b.left = column * p.stride_w - p.padding_w;
+  b.column = column, b.columns = smaller(block_columns(p), all_columns(p) - column);
+  b.top = row * p.stride_h - p.padding_h, b.left = together(p) ? column : column * p.stride_w - p.padding_w;
   b.input_rows = input_extent(b.rows, p.stride_h, p.kernel_h, p.dilation_h);
-  b.input_columns = input_extent(b.columns, p.stride_w, p.kernel_w, p.dilation_w);
+  b.input_columns = input_columns(p, b.columns);
   return b;
 }
 
@@ -124,17 +141,30 @@ void pack(const Problem& p, const Block& b, int channels, const float* input, fl
   }
 }
 
-// The operands of one tap.
+// The operands of one tap, or of some that share pixels.
 struct Walk {
   int images, rows, columns;
   Steps input, gradient;
+  int64_t tap;  // from the gradient of one to that of the one before it
 };
 
-// sums (FILTERS, TILE) += over the walk's pixels, gradient (FILTERS) times input (TILE). With few filters, PHASES
-// pixels at a time have sums of their own, or each multiply-add would wait for the last.
-template <bool IN_PLACE, int FILTERS, int PHASES>
-void accumulate(const Walk& walk, const float* input, const float* gradient, float* sums) {
-  Vector acc[PHASES][FILTERS][2] = {};
+// sums (TAPS, FILTERS, TILE), a tap's `apart` from the next one's, += over the walk's pixels, gradient (FILTERS) times
+// input (TILE). With few sums, PHASES pixels at a time have sums of their own, or each multiply-add would wait for the
+// last.
+template <bool IN_PLACE, int TAPS, int FILTERS, int PHASES>
+void accumulate(const Walk& walk, const float* input, const float* gradient, float* sums, int64_t apart) {
+  Vector acc[PHASES][TAPS][FILTERS][2] = {};
+  const auto add = [&](Vector(*to)[FILTERS][2], const float* x, const float* g) {
+    const Vector low = *reinterpret_cast<const Vector*>(x), high = *reinterpret_cast<const Vector*>(x + LANES);
+#pragma GCC unroll 4
+    for (int tap = 0; tap < TAPS; ++tap) {
+#pragma GCC unroll 16
+      for (int f = 0; f < FILTERS; ++f) {
+        to[tap][f][0] += low * g[f - tap * walk.tap];
+        to[tap][f][1] += high * g[f - tap * walk.tap];
+      }
+    }
+  };
   for (int image = 0; image < walk.images; ++image) {
     for (int row = 0; row < walk.rows; ++row) {
       const float* x = input + image * walk.input.image + row * walk.input.row;
@@ -143,55 +173,55 @@ void accumulate(const Walk& walk, const float* input, const float* gradient, flo
       for (; column + PHASES <= walk.columns; column += PHASES) {
 #pragma GCC unroll 4
         for (int phase = 0; phase < PHASES; ++phase) {
-          const Vector low = *reinterpret_cast<const Vector*>(x), high = *reinterpret_cast<const Vector*>(x + LANES);
           if (IN_PLACE) __builtin_prefetch(x + FAR_AHEAD * walk.input.column);
-#pragma GCC unroll 16
-          for (int f = 0; f < FILTERS; ++f) {
-            acc[phase][f][0] += low * g[f];
-            acc[phase][f][1] += high * g[f];
-          }
+          add(acc[phase], x, g);
           x += walk.input.column;
           g += walk.gradient.column;
         }
       }
       for (; column < walk.columns; ++column) {
-        const Vector low = *reinterpret_cast<const Vector*>(x), high = *reinterpret_cast<const Vector*>(x + LANES);
-#pragma GCC unroll 16
-        for (int f = 0; f < FILTERS; ++f) {
-          acc[0][f][0] += low * g[f];
-          acc[0][f][1] += high * g[f];
-        }
+        add(acc[0], x, g);
         x += walk.input.column;
         g += walk.gradient.column;
       }
     }
   }
-#pragma GCC unroll 16
-  for (int f = 0; f < FILTERS; ++f) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Vector total = acc[0][f][half];
 #pragma GCC unroll 4
-      for (int phase = 1; phase < PHASES; ++phase) total += acc[phase][f][half];
-      *reinterpret_cast<Vector*>(sums + f * TILE + half * LANES) += total;
+  for (int tap = 0; tap < TAPS; ++tap) {
+#pragma GCC unroll 16
+    for (int f = 0; f < FILTERS; ++f) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        Vector total = acc[0][tap][f][half];
+#pragma GCC unroll 4
+        for (int phase = 1; phase < PHASES; ++phase) total += acc[phase][tap][f][half];
+        *reinterpret_cast<Vector*>(sums + tap * apart + f * TILE + half * LANES) += total;
+      }
     }
   }
 }
 
-using Accumulate = void (*)(const Walk&, const float*, const float*, float*);
+using Accumulate = void (*)(const Walk&, const float*, const float*, float*, int64_t);
 
-constexpr int phases(int filters) { return filters * 2 > COLUMNS ? 1 : filters * 4 > COLUMNS ? 2 : 4; }
+constexpr int phases(int sums) { return sums * 2 > COLUMNS ? 1 : sums * 4 > COLUMNS ? 2 : 4; }
 
-template <bool IN_PLACE, int... FILTERS>
+template <bool IN_PLACE, int TAPS, int... FILTERS>
 struct Table {
-  Accumulate of[sizeof...(FILTERS)] = {accumulate<IN_PLACE, FILTERS, phases(FILTERS)>...};
+  Accumulate of[sizeof...(FILTERS)] = {accumulate<IN_PLACE, TAPS, FILTERS, phases(TAPS* FILTERS)>...};
 };
 template <bool IN_PLACE>
 #if COLUMNS == 6
-constexpr Table<IN_PLACE, 1, 2, 3, 4, 5, 6> table;
+constexpr Table<IN_PLACE, 1, 1, 2, 3, 4, 5, 6> table;
+constexpr Table<false, 2, 1, 2, 3> two_taps;
+constexpr Table<false, 3, 1, 2> three_taps;
 #else
-constexpr Table<IN_PLACE, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> table;
+constexpr Table<IN_PLACE, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> table;
+constexpr Table<false, 2, 1, 2, 3, 4, 5, 6> two_taps;
+constexpr Table<false, 3, 1, 2, 3, 4> three_taps;
 #endif
+
+// How much of `all` the part of this number begins with, where there are so many parts of nearly equal size.
+int part_begin(int all, int parts, int part) { return all * part / parts; }
 
 // sums (taps, Kt, TILE) += the block's share, of one tile of channels. `input` is where its first pixel would be.
 template <bool IN_PLACE>
@@ -204,19 +234,43 @@ void correlate_tile(const Problem& p, const Block& b, const float* input, const 
     const Range rows = reached(b.top + down, b.rows, p.stride_h, p.height);
     const Range columns = reached(b.left + right, b.columns, p.stride_w, p.width);
     if (rows.size() == 0 || columns.size() == 0) continue;
-    const Walk walk = {b.images,
-                       rows.size(),
-                       columns.size(),
-                       {steps.image, p.stride_h * steps.row, p.stride_w * steps.column},
-                       outputs};
+    const Walk walk = {b.images,       rows.size(),
+                       columns.size(), {steps.image, p.stride_h * steps.row, p.stride_w * steps.column},
+                       outputs,        0};
     const float* x =
         input + (down + rows.begin * p.stride_h) * steps.row + (right + columns.begin * p.stride_w) * steps.column;
     const float* g = gradient + b.image * outputs.image + (b.row + rows.begin) * outputs.row +
                      (b.column + columns.begin) * outputs.column;
-    // The filters in parts of nearly equal size.
     for (int part = 0; part < parts; ++part) {
-      const int begin = p.learned * part / parts, end = p.learned * (part + 1) / parts;
-      table<IN_PLACE>.of[end - begin - 1](walk, x, g + begin, sums + (int64_t(tap) * p.learned + begin) * TILE);
+      const int begin = part_begin(p.learned, parts, part), end = part_begin(p.learned, parts, part + 1);
+      table<IN_PLACE>.of[end - begin - 1](walk, x, g + begin, sums + (int64_t(tap) * p.learned + begin) * TILE, 0);
+    }
+  }
+}
+
+// Likewise, where taps share pixels; `gradient` has its halo.
+void correlate_together(const Problem& p, const Block& b, const float* input, const Steps& steps, const float* gradient,
+                        float* sums) {
+  const int halo = gradient_halo(p), width = p.out_width + 2 * halo;
+  const int most = smaller(TAPS_TOGETHER, COLUMNS / p.learned), parts = (p.kernel_w + most - 1) / most;
+  const Steps outputs = {int64_t(p.out_height) * width * p.learned, int64_t(width) * p.learned, p.learned};
+  const int64_t apart = int64_t(p.learned) * TILE;
+  for (int r = 0; r < p.kernel_h; ++r) {
+    const int down = r * p.dilation_h;
+    const Range rows = reached(b.top + down, b.rows, p.stride_h, p.height);
+    if (rows.size() == 0) continue;
+    const Walk walk = {b.images,  rows.size(),
+                       b.columns, {steps.image, p.stride_h * steps.row, steps.column},
+                       outputs,   p.dilation_w * outputs.column};
+    const float* x = input + (down + rows.begin * p.stride_h) * steps.row;
+    const float* g = gradient + b.image * outputs.image + (b.row + rows.begin) * outputs.row +
+                     (b.column + p.padding_w + halo) * outputs.column;
+    for (int part = 0; part < parts; ++part) {
+      const int begin = part_begin(p.kernel_w, parts, part), taps = part_begin(p.kernel_w, parts, part + 1) - begin;
+      const Accumulate add = taps == 1   ? table<false>.of[p.learned - 1]
+                             : taps == 2 ? two_taps.of[p.learned - 1]
+                                         : three_taps.of[p.learned - 1];
+      add(walk, x, g - begin * walk.tap, sums + (r * p.kernel_w + begin) * apart, apart);
     }
   }
 }
@@ -228,7 +282,7 @@ void correlate(const Problem& p, const Item& item, const float* input, const flo
   const int images = block_images(p), last = item.first_image + item.images;
   for (int n = item.first_image; n < last; n += images) {
     for (int row = 0; row < p.out_height; row += block_rows(p)) {
-      for (int column = 0; column < p.out_width; column += block_columns(p)) {
+      for (int column = 0; column < all_columns(p); column += block_columns(p)) {
         const Block b = block_at(p, n, smaller(images, last - n), row, column);
         float* to = sums;
         for (int c = 0; c < item.channels; c += TILE, to += tile_sums) {
@@ -241,7 +295,7 @@ void correlate(const Problem& p, const Item& item, const float* input, const flo
           } else {
             const Steps steps = {int64_t(b.input_rows) * b.input_columns * TILE, int64_t(b.input_columns) * TILE, TILE};
             pack(p, b, channels, from, scratch);
-            correlate_tile<false>(p, b, scratch, steps, gradient, to);
+            (together(p) ? correlate_together : correlate_tile<false>)(p, b, scratch, steps, gradient, to);
           }
         }
       }

@@ -64,24 +64,33 @@ struct Channels {
   const int64_t* stride;
 };
 
-// (N, rows, columns, pitch), of one image: these channels, what is left of the pitch zero.
-void gather_image(const Channels& c, int rows, int columns, const float* image, int pitch, float* to) {
+// Dense pixels, with columns of zeros on either side.
+struct Dense {
+  int rows, columns, halo, pitch;
+
+  int64_t row() const { return int64_t(columns + 2 * halo) * pitch; }
+  int64_t image() const { return rows * row(); }
+};
+
+// (rows, columns, pitch), of one image: these channels, what is left of the pitch zero.
+void gather_image(const Channels& c, const Dense& d, const float* image, float* to) {
   const int64_t ahead = AHEAD * c.stride[3] + c.of[0] * c.stride[1];
-  for (int row = 0; row < rows; ++row) {
+  for (int row = 0; row < d.rows; ++row) {
     const float* from = image + row * c.stride[2];
-    for (int column = 0; column < columns; ++column, from += c.stride[3], to += pitch) {
+    to = std::fill_n(to, d.halo * d.pitch, 0.0f);
+    for (int column = 0; column < d.columns; ++column, from += c.stride[3], to += d.pitch) {
       if (c.stride[3] >= FAR) __builtin_prefetch(from + ahead);
       for (int k = 0; k < c.count; ++k) to[k] = from[c.of[k] * c.stride[1]];
-      for (int k = c.count; k < pitch; ++k) to[k] = 0;
+      for (int k = c.count; k < d.pitch; ++k) to[k] = 0;
     }
+    to = std::fill_n(to, d.halo * d.pitch, 0.0f);
   }
 }
 
-Floats gather(const Problem& p, const Channels& c, int rows, int columns, const float* from, int pitch, int threads) {
-  const int64_t image = int64_t(rows) * columns * pitch;
-  Floats dense = allocate(p.batch * image);
+Floats gather(const Problem& p, const Channels& c, const Dense& d, const float* from, int threads) {
+  Floats dense = allocate(p.batch * d.image());
   run(threads, p.batch,
-      [&](int64_t n, int) { gather_image(c, rows, columns, from + n * c.stride[0], pitch, dense.get() + n * image); });
+      [&](int64_t n, int) { gather_image(c, d, from + n * c.stride[0], dense.get() + n * d.image()); });
   return dense;
 }
 
@@ -142,22 +151,22 @@ void depthwise_weight_grad(const Code& code, const Problem& p, const float* inpu
                            const int64_t* filters, float* result, int threads) {
   const int pitch = std::max(p.learned, code.depthwise_tile);
   const auto steps = [&](const int64_t* stride) { return Steps{stride[0], stride[2], stride[3]}; };
-  const auto dense = [&](int rows, int columns) {
-    return Steps{int64_t(rows) * columns * pitch, int64_t(columns) * pitch, pitch};
-  };
+  const auto steps_of = [](const Dense& d) { return Steps{d.image(), d.row(), d.pitch}; };
   Floats pixels, gradient;
   Steps from = steps(p.input_stride), outputs = steps(p.gradient_stride);
   if (p.learned < pitch || p.input_stride[1] != 1) {
     std::vector<int64_t> all(p.learned);
     std::iota(all.begin(), all.end(), 0);
     const Channels channels = {all.data(), p.learned, p.input_stride};
-    pixels = gather(p, channels, p.height, p.width, input, pitch, threads);
-    input = pixels.get(), from = dense(p.height, p.width);
+    const Dense dense = {p.height, p.width, 0, pitch};
+    pixels = gather(p, channels, dense, input, threads);
+    input = pixels.get(), from = steps_of(dense);
   }
   if (p.learned < pitch || p.gradient_stride[1] != 1 || filters[p.learned - 1] - filters[0] >= p.learned) {
     const Channels channels = {filters, p.learned, p.gradient_stride};
-    gradient = gather(p, channels, p.out_height, p.out_width, grad_output, pitch, threads);
-    grad_output = gradient.get(), outputs = dense(p.out_height, p.out_width);
+    const Dense dense = {p.out_height, p.out_width, 0, pitch};
+    gradient = gather(p, channels, dense, grad_output, threads);
+    grad_output = gradient.get(), outputs = steps_of(dense);
   } else {
     grad_output += filters[0];
   }
@@ -174,7 +183,8 @@ void weight_grad(const Code& code, const Problem& p, const float* input, const f
                  const int64_t* filters, float* result, int threads) {
   if (p.depthwise) return depthwise_weight_grad(code, p, input, grad_output, filters, result, threads);
   const Channels learned = {filters, p.learned, p.gradient_stride};
-  const Floats gradient = gather(p, learned, p.out_height, p.out_width, grad_output, p.learned, threads);
+  const Dense dense = {p.out_height, p.out_width, code.gradient_halo(p), p.learned};
+  const Floats gradient = gather(p, learned, dense, grad_output, threads);
   const int64_t scratch = code.scratch_floats(p);
   const Floats scratches = allocate(threads * scratch);
   // With one tap, an item is all channels of some images where there are enough of these: it reads memory in order.

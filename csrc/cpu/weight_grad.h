@@ -28,14 +28,16 @@ struct Steps {
   int64_t image, row, column;
 };
 
-// The code of one instruction set. `gradient` is (N, P, Q, Kt), `sums` (tiles, taps, Kt, tile) and all zero before;
-// `scratch` holds `scratch_floats`. Of depthwise filters, a tile of channels is one of filters, `sums` (taps, tile).
+// The code of one instruction set. `gradient` is (N, P, Q, Kt) with `gradient_halo` columns of zeros before and after
+// Q, `sums` (tiles, taps, Kt, tile) and all zero before; `scratch` holds `scratch_floats`. Of depthwise filters, a tile
+// of channels is one of filters, `sums` (taps, tile).
 struct Code {
   const char* name;
   int tile, depthwise_tile;  // channels that are worked on at once
   void (*correlate)(const Problem&, const Item&, const float* input, const float* gradient, float* scratch,
                     float* sums);
   int64_t (*scratch_floats)(const Problem&);
+  int (*gradient_halo)(const Problem&);
   void (*correlate_depthwise)(const Problem&, const Item&, const float* input, const Steps&, const float* gradient,
                               const Steps&, float* sums);
 };
