@@ -141,17 +141,38 @@ void pack(const Problem& p, const Block& b, int channels, const float* input, fl
   }
 }
 
+// What is asked for while a pixel is worked on: nothing, another further on in the same walk, or one of `Ahead`.
+enum Asks { NOTHING, FURTHER_ON, ELSEWHERE };
+
+struct Ahead {
+  const float* first;
+  Steps steps;
+};
+
 // The operands of one tap, or of some that share pixels.
 struct Walk {
   int images, rows, columns;
   Steps input, gradient;
   int64_t tap;  // from the gradient of one to that of the one before it
+  Ahead ahead;
 };
+
+// The same walk, rows and images that follow each other without a gap being one.
+Walk joined(Walk walk) {
+  if (walk.input.row == walk.columns * walk.input.column && walk.gradient.row == walk.columns * walk.gradient.column) {
+    walk.columns *= walk.rows, walk.rows = 1;
+    if (walk.input.image == walk.columns * walk.input.column &&
+        walk.gradient.image == walk.columns * walk.gradient.column) {
+      walk.columns *= walk.images, walk.images = 1;
+    }
+  }
+  return walk;
+}
 
 // sums (TAPS, FILTERS, TILE), a tap's `apart` from the next one's, += over the walk's pixels, gradient (FILTERS) times
 // input (TILE). With few sums, PHASES pixels at a time have sums of their own, or each multiply-add would wait for the
 // last.
-template <bool IN_PLACE, int TAPS, int FILTERS, int PHASES>
+template <Asks ASKS, int TAPS, int FILTERS, int PHASES>
 void accumulate(const Walk& walk, const float* input, const float* gradient, float* sums, int64_t apart) {
   Vector acc[PHASES][TAPS][FILTERS][2] = {};
   const auto add = [&](Vector(*to)[FILTERS][2], const float* x, const float* g) {
@@ -169,11 +190,13 @@ void accumulate(const Walk& walk, const float* input, const float* gradient, flo
     for (int row = 0; row < walk.rows; ++row) {
       const float* x = input + image * walk.input.image + row * walk.input.row;
       const float* g = gradient + image * walk.gradient.image + row * walk.gradient.row;
+      const float* ahead = walk.ahead.first + image * walk.ahead.steps.image + row * walk.ahead.steps.row;
       int column = 0;
       for (; column + PHASES <= walk.columns; column += PHASES) {
 #pragma GCC unroll 4
         for (int phase = 0; phase < PHASES; ++phase) {
-          if (IN_PLACE) __builtin_prefetch(x + FAR_AHEAD * walk.input.column);
+          if (ASKS == FURTHER_ON) __builtin_prefetch(x + FAR_AHEAD * walk.input.column);
+          if (ASKS == ELSEWHERE) __builtin_prefetch(ahead), ahead += walk.ahead.steps.column;
           add(acc[phase], x, g);
           x += walk.input.column;
           g += walk.gradient.column;
@@ -205,28 +228,34 @@ using Accumulate = void (*)(const Walk&, const float*, const float*, float*, int
 
 constexpr int phases(int sums) { return sums * 2 > COLUMNS ? 1 : sums * 4 > COLUMNS ? 2 : 4; }
 
-template <bool IN_PLACE, int TAPS, int... FILTERS>
+template <Asks ASKS, int TAPS, int... FILTERS>
 struct Table {
-  Accumulate of[sizeof...(FILTERS)] = {accumulate<IN_PLACE, TAPS, FILTERS, phases(TAPS* FILTERS)>...};
+  Accumulate of[sizeof...(FILTERS)] = {accumulate<ASKS, TAPS, FILTERS, phases(TAPS* FILTERS)>...};
 };
-template <bool IN_PLACE>
+template <Asks ASKS>
 #if COLUMNS == 6
-constexpr Table<IN_PLACE, 1, 1, 2, 3, 4, 5, 6> table;
-constexpr Table<false, 2, 1, 2, 3> two_taps;
-constexpr Table<false, 3, 1, 2> three_taps;
+constexpr Table<ASKS, 1, 1, 2, 3, 4, 5, 6> one_tap;
+template <Asks ASKS>
+constexpr Table<ASKS, 2, 1, 2, 3> two_taps;
+template <Asks ASKS>
+constexpr Table<ASKS, 3, 1, 2> three_taps;
 #else
-constexpr Table<IN_PLACE, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> table;
-constexpr Table<false, 2, 1, 2, 3, 4, 5, 6> two_taps;
-constexpr Table<false, 3, 1, 2, 3, 4> three_taps;
+constexpr Table<ASKS, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> one_tap;
+template <Asks ASKS>
+constexpr Table<ASKS, 2, 1, 2, 3, 4, 5, 6> two_taps;
+template <Asks ASKS>
+constexpr Table<ASKS, 3, 1, 2, 3, 4> three_taps;
 #endif
+template <Asks ASKS>
+constexpr const Accumulate* by_taps[TAPS_TOGETHER] = {one_tap<ASKS>.of, two_taps<ASKS>.of, three_taps<ASKS>.of};
 
 // How much of `all` the part of this number begins with, where there are so many parts of nearly equal size.
 int part_begin(int all, int parts, int part) { return all * part / parts; }
 
 // sums (taps, Kt, TILE) += the block's share, of one tile of channels. `input` is where its first pixel would be.
-template <bool IN_PLACE>
-void correlate_tile(const Problem& p, const Block& b, const float* input, const Steps& steps, const float* gradient,
-                    float* sums) {
+// What it may ask for elsewhere it asks for once.
+void correlate_tile(const Problem& p, const Block& b, const float* input, const Steps& steps, Asks asks,
+                    const Ahead& ahead, const float* gradient, float* sums) {
   const int parts = (p.learned + COLUMNS - 1) / COLUMNS;
   const Steps outputs = {int64_t(p.out_height) * p.out_width * p.learned, int64_t(p.out_width) * p.learned, p.learned};
   for (int tap = 0; tap < p.taps(); ++tap) {
@@ -234,23 +263,31 @@ void correlate_tile(const Problem& p, const Block& b, const float* input, const 
     const Range rows = reached(b.top + down, b.rows, p.stride_h, p.height);
     const Range columns = reached(b.left + right, b.columns, p.stride_w, p.width);
     if (rows.size() == 0 || columns.size() == 0) continue;
-    const Walk walk = {b.images,       rows.size(),
-                       columns.size(), {steps.image, p.stride_h * steps.row, p.stride_w * steps.column},
-                       outputs,        0};
+    const Walk walk = joined({b.images,
+                              rows.size(),
+                              columns.size(),
+                              {steps.image, p.stride_h * steps.row, p.stride_w * steps.column},
+                              outputs,
+                              0,
+                              ahead});
     const float* x =
         input + (down + rows.begin * p.stride_h) * steps.row + (right + columns.begin * p.stride_w) * steps.column;
     const float* g = gradient + b.image * outputs.image + (b.row + rows.begin) * outputs.row +
                      (b.column + columns.begin) * outputs.column;
     for (int part = 0; part < parts; ++part) {
       const int begin = part_begin(p.learned, parts, part), end = part_begin(p.learned, parts, part + 1);
-      table<IN_PLACE>.of[end - begin - 1](walk, x, g + begin, sums + (int64_t(tap) * p.learned + begin) * TILE, 0);
+      const Accumulate* add = asks == NOTHING      ? one_tap<NOTHING>.of
+                              : asks == FURTHER_ON ? one_tap<FURTHER_ON>.of
+                                                   : one_tap<ELSEWHERE>.of;
+      if (asks == ELSEWHERE) asks = NOTHING;
+      add[end - begin - 1](walk, x, g + begin, sums + (int64_t(tap) * p.learned + begin) * TILE, 0);
     }
   }
 }
 
 // Likewise, where taps share pixels; `gradient` has its halo.
-void correlate_together(const Problem& p, const Block& b, const float* input, const Steps& steps, const float* gradient,
-                        float* sums) {
+void correlate_together(const Problem& p, const Block& b, const float* input, const Steps& steps, Asks asks,
+                        const Ahead& ahead, const float* gradient, float* sums) {
   const int halo = gradient_halo(p), width = p.out_width + 2 * halo;
   const int most = smaller(TAPS_TOGETHER, COLUMNS / p.learned), parts = (p.kernel_w + most - 1) / most;
   const Steps outputs = {int64_t(p.out_height) * width * p.learned, int64_t(width) * p.learned, p.learned};
@@ -261,15 +298,15 @@ void correlate_together(const Problem& p, const Block& b, const float* input, co
     if (rows.size() == 0) continue;
     const Walk walk = {b.images,  rows.size(),
                        b.columns, {steps.image, p.stride_h * steps.row, steps.column},
-                       outputs,   p.dilation_w * outputs.column};
+                       outputs,   p.dilation_w * outputs.column,
+                       ahead};
     const float* x = input + (down + rows.begin * p.stride_h) * steps.row;
     const float* g = gradient + b.image * outputs.image + (b.row + rows.begin) * outputs.row +
                      (b.column + p.padding_w + halo) * outputs.column;
     for (int part = 0; part < parts; ++part) {
       const int begin = part_begin(p.kernel_w, parts, part), taps = part_begin(p.kernel_w, parts, part + 1) - begin;
-      const Accumulate add = taps == 1   ? table<false>.of[p.learned - 1]
-                             : taps == 2 ? two_taps.of[p.learned - 1]
-                                         : three_taps.of[p.learned - 1];
+      const Accumulate add = (asks == NOTHING ? by_taps<NOTHING> : by_taps<ELSEWHERE>)[taps - 1][p.learned - 1];
+      asks = NOTHING;
       add(walk, x, g - begin * walk.tap, sums + (r * p.kernel_w + begin) * apart, apart);
     }
   }
@@ -279,6 +316,7 @@ void correlate(const Problem& p, const Item& item, const float* input, const flo
                float* sums) {
   const bool in_place = p.taps() == 1 && p.input_stride[1] == 1;
   const int64_t tile_sums = int64_t(p.taps()) * p.learned * TILE;
+  const Steps there = {p.input_stride[0], p.input_stride[2], p.input_stride[3]};
   const int images = block_images(p), last = item.first_image + item.images;
   for (int n = item.first_image; n < last; n += images) {
     for (int row = 0; row < p.out_height; row += block_rows(p)) {
@@ -289,13 +327,16 @@ void correlate(const Problem& p, const Item& item, const float* input, const flo
           const int channels = smaller(TILE, item.channels);
           const float* from = input + (item.first_channel + smaller(c, item.channels - channels)) * p.input_stride[1];
           if (in_place && channels == TILE) {
-            const Steps steps = {p.input_stride[0], p.input_stride[2], p.input_stride[3]};
-            correlate_tile<true>(p, b, from + n * steps.image + b.top * steps.row + b.left * steps.column, steps,
-                                 gradient, to);
+            const float* first = from + n * there.image + b.top * there.row + b.left * there.column;
+            correlate_tile(p, b, first, there, FURTHER_ON, {}, gradient, to);
           } else {
             const Steps steps = {int64_t(b.input_rows) * b.input_columns * TILE, int64_t(b.input_columns) * TILE, TILE};
             pack(p, b, channels, from, scratch);
-            (together(p) ? correlate_together : correlate_tile<false>)(p, b, scratch, steps, gradient, to);
+            // The rows that follow, perhaps of the next image: they will be a block's.
+            const float* next = from + n * there.image + (b.top + b.input_rows) * there.row + b.left * there.column;
+            const Asks asks = p.input_stride[1] == 1 ? ELSEWHERE : NOTHING;
+            (together(p) ? correlate_together : correlate_tile)(p, b, scratch, steps, asks, {next, there}, gradient,
+                                                                to);
           }
         }
       }
