@@ -101,7 +101,7 @@ class Case:
         return grad_output, x
 
     def floor(self) -> tuple[float, float]:
-        """Bytes that every way must move (input, chosen gradient, result), and seconds at this device's rates."""
+        """Bytes that every way must move, and seconds at this device's rates."""
         least, rate = costs.floor(self.problem), rates(DEVICE, self.dtype)
         return least.bytes, max(least.bytes / rate.bytes_per_second, least.flops / rate.flops_per_second)
 

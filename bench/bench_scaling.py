@@ -22,7 +22,7 @@ from bench.rates import rates
 from bench.turns import Effort, in_turns
 from rwn_ext.report import saved_for_backward
 
-EFFORT = Effort(5, least=15, most=15) if DEVICE == "cuda" else Effort(0.8, most=15)
+EFFORT = Effort(5, least=15, most=15) if DEVICE == "cuda" else Effort(0.8, least=7, most=15)
 BASE = {"p": 0.1, "batch": 32, "image": 16, "channels": 64}
 GPU_BASE = {"p": 0.1, "batch": 128, "image": 32, "channels": 128}
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -121,7 +121,7 @@ def layer(axis: str, value: float, effort: Effort) -> Group:
 
 @lru_cache(maxsize=1)
 def network(depth: int, effort: Effort) -> Group:
-    batch = 128 if DEVICE == "cuda" else 16
+    batch = 128 if DEVICE == "cuda" else 8
     images = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=DEVICE)
     steps = {row: Step(f"wrn-{depth}-2", row, images, labels) for row in NET_ROWS}

@@ -23,9 +23,7 @@ class Effort(NamedTuple):
 
 
 def in_turns(contenders: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, list[float]]:
-    """Seconds of each contender, round by round. Each runs twice before; the second time tells what a round takes."""
-    for run in contenders.values():
-        run()
+    """Seconds of each contender, round by round. One round before tells how long one takes."""
     started = synchronized_clock()
     for run in contenders.values():
         run()

@@ -224,7 +224,7 @@ def _input_bytes(p: Problem) -> float:
 
 
 def _visited_bytes(p: Problem) -> float:
-    """Of the input, what some filter tap sees; of a row of contiguous pixels, what lies between is read too."""
+    """Of the input, what some filter tap sees; of a row of contiguous pixels, what shares 32 bytes with that, too."""
     rows, columns = (
         len({tap * dilation - pad + stride * i for i in range(outputs) for tap in range(taps)} & {*range(size)})
         for size, outputs, taps, stride, pad, dilation in zip(
@@ -232,7 +232,7 @@ def _visited_bytes(p: Problem) -> float:
         )
     )
     if not p.channels_last:
-        columns = min(p.width, columns * p.stride[1])
+        columns = min(p.width, columns * min(p.stride[1], 32 // p.element_size))
     return _input_bytes(p) * rows * columns / (p.height * p.width)
 
 

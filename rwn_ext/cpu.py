@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[int, int]
 Runs = tuple[int, ...]
+Sizes = tuple[int, ...]
 
 # A module that is there but does not load is an error, never "absent".
 native: ModuleType | None = (
@@ -41,7 +42,7 @@ def weight_grad(
     depthwise: bool = False,
     instructions: str = "",
 ) -> Tensor:
-    """Writes the gradient of the filters `filters` alone into `out` (Kt, C, R, S), and returns it.
+    """Writes the gradient of the filters `filters` alone into `out` (Kt, C / groups, R, S), and returns it.
 
     Equals `torch.nn.grad.conv2d_weight(...)[filters]` of a convolution with one group. With `depthwise`, of one with
     as many groups as channels and filters, and `input` (N, Kt, H, W) holds the channels of `filters` alone. All are
@@ -59,12 +60,7 @@ def weight_grad(
 
 @lru_cache(maxsize=4096)
 def _task(
-    input_size: torch.Size,
-    input_stride: Runs,
-    output_size: torch.Size,
-    output_stride: Runs,
-    filters: Runs,
-    *others: Any,
+    input_size: Sizes, input_stride: Sizes, output_size: Sizes, output_stride: Sizes, filters: Runs, *others: Any
 ) -> Any:
     """The compiled code's own form of these arguments: to read them takes it as long as a small layer's gradient."""
     assert native is not None

@@ -752,7 +752,7 @@ def _is_differentiated(*operands: Tensor) -> bool:
 
 def _direct(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
     shape = (p.learned, p.channels // p.groups, *p.kernel_size)
-    out = torch.empty(shape, dtype=input.dtype, memory_format=_layout(p))
+    out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_layout(p))
     geometry = (p.kernel_size, p.stride, p.padding, p.dilation)
     return cpu.weight_grad(grad_output, input, filters, *geometry, out=out, depthwise=p.groups > 1)
 

@@ -25,7 +25,7 @@ ALGORITHMS = {
     "gather": "the learned filters' grad_output is gathered and the library computes their weight gradient alone",
     "matmul": "1x1 filters: one skinny matrix product of grad_output and input",
     "unfold": "few filters: grad_output is unfolded, the input stays where it is, one matrix product",
-    "direct": "CPU: blocks of the input stay in the first level cache, the gathered grad_output is moved over them",
+    "direct": "CPU: blocks of the input stay in the cache, the learned filters' grad_output is moved over them",
     "stationary": "Triton: the input is read once where it is, the gathered grad_output is moved over it",
     "swapped": "Triton, more filters than input channels: grad_output is read once, the padded input is moved over it",
     "pointwise": "Triton, 1x1 filters: the visited pixels of the input are read once where they are",
@@ -156,7 +156,7 @@ def explain(problem: Problem, algorithm: str | None = None) -> str:
     """In words: what was picked for this problem and why, what each algorithm is predicted to take, what cannot be.
 
     On a GPU, times are predicted from a chip's rates (rwn_ext.costs), and "measured" is said where they were measured.
-    The floor is what reading each operand once takes, or computing at the chip's rate, whichever is longer.
+    The floor is what reading once what the filters see takes, or computing at the chip's rate, whichever is longer.
     """
     lines = [str(problem), f"  picked {plan(problem, requested(algorithm))}"]
     if problem.learned:
@@ -363,7 +363,7 @@ def _cheapest(p: Problem, algorithms: costs.Algorithms) -> tuple[str, float]:
 def _by_measured_limits(p: Problem) -> Plan:
     r, s = p.kernel_size
     pixels = p.batch * p.output_size[0] * p.output_size[1]
-    if p.channels == p.groups and not _obstacle(p, "direct"):
+    if p.channels == p.groups > 1 and not _obstacle(p, "direct"):
         if p.channels_last or r * s > CPU_DIRECT_DEPTHWISE_TAPS:
             return Plan("direct", f"{r * s} taps of one channel each are little work for a call of the library")
         inputs = p.batch * p.channels * p.height * p.width

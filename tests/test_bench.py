@@ -287,7 +287,7 @@ def test_rounds_fit_into_the_time_but_are_enough(monkeypatch: pytest.MonkeyPatch
     called: list[str] = []
     seconds = in_turns({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, Effort(0, FEWEST, FEWEST))
     assert [len(times) for times in seconds.values()] == [FEWEST, FEWEST]
-    assert len(called) == 2 * (2 + FEWEST)
+    assert len(called) == 2 * (1 + FEWEST)
     # With fewer rounds not even the extremes bound the median with 95 % confidence.
     assert 2 * 0.5**FEWEST <= 0.05 < 2 * 0.5 ** (FEWEST - 1)
     assert turns.Effort(1).least >= FEWEST

@@ -40,13 +40,14 @@ def oracle(grad_output, input, filters, kernel_size, stride, padding, dilation):
 
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+kernels = st.tuples(st.integers(1, 3), st.integers(1, 9))
 
 
 @pytest.mark.parametrize("which", instructions())
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
     batch=st.sampled_from((1, 2, 3, 17, 40)), channels=st.integers(1, 70), filters=st.integers(1, 40), data=st.data(),
-    kernel=pairs, stride=pairs, dilation=pairs, padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    kernel=kernels, stride=pairs, dilation=pairs, padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     extra=st.tuples(st.integers(0, 9), st.sampled_from((0, 1, 6, 40, 75))), layout=st.sampled_from(LAYOUTS),
 )  # fmt: skip
 def test_sums_of_integers_are_exact(
@@ -68,8 +69,8 @@ def test_sums_of_integers_are_exact(
 @pytest.mark.parametrize("which", instructions())
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
-    batch=st.sampled_from((1, 2, 3, 17)), channels=st.integers(1, 50), data=st.data(), run=st.booleans(),
-    kernel=pairs, stride=pairs, dilation=pairs, padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    batch=st.sampled_from((0, 1, 3, 17)), channels=st.integers(1, 50), data=st.data(), run=st.booleans(),
+    kernel=kernels, stride=pairs, dilation=pairs, padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     extra=st.tuples(st.integers(0, 9), st.sampled_from((0, 1, 6, 40, 75))),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
 )  # fmt: skip
@@ -125,6 +126,21 @@ def test_any_strides(which):
     torch.testing.assert_close(ours.double(), oracle(grad_output, input, *geometry), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", instructions())
+def test_any_strides_of_depthwise_filters(which):
+    input = torch.randn(3, 9, 20, 100)[:, :, ::2, ::2].permute(0, 3, 1, 2)
+    grad_output = torch.randn(1, 50, 1, 10).expand(3, 50, 9, 10)
+    weight = torch.zeros(50, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    output = F.conv2d(input.double(), weight, None, 1, 1, 1, 50)
+    (expected,) = torch.autograd.grad(output, weight, grad_output.double())
+    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), which)
+    ours = weight_grad(grad_output, input, Subset.full(50), *geometry, depthwise=True)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+    chosen = [1, 7, 49]
+    ours = weight_grad(grad_output, input[:, chosen], Subset.from_indices(50, chosen), *geometry, depthwise=True)
+    torch.testing.assert_close(ours.double(), expected[chosen], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("batch", "kernel", "padding", "depthwise"),
     [
@@ -154,6 +170,16 @@ def test_long_sums_stay_accurate():
     assert error < 8 * torch.finfo(torch.float32).eps
 
 
+def test_long_sums_of_depthwise_filters_stay_accurate():
+    """Of a signal, an image of height 1, too."""
+    input, grad_output = torch.rand(2, 8, 1, 100_000), torch.rand(2, 8, 1, 100_000)
+    weight = torch.zeros(8, 1, 1, 11, dtype=torch.float64, requires_grad=True)
+    output = F.conv2d(input.double(), weight, None, 1, (0, 5), 1, 8)
+    (expected,) = torch.autograd.grad(output, weight, grad_output.double())
+    ours = weight_grad(grad_output, input, Subset.full(8), (1, 11), (1, 1), (0, 5), (1, 1), depthwise=True)
+    assert (ours.double() - expected).norm() / expected.norm() < 8 * torch.finfo(torch.float32).eps
+
+
 def test_it_works_without_openmp():
     """Where no OpenMP is in the process, the threads are its own."""
     program = f"""
@@ -178,6 +204,22 @@ def test_unknown_instructions():
         weight_grad(
             torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), Subset.full(1), *[(1, 1)] * 2, (0, 0), (1, 1), "mmx"
         )
+
+
+def test_what_does_not_belong_together_is_refused():
+    one = torch.zeros(1, 2, 3, 3)
+    with pytest.raises(ValueError, match=r"filters=\[\] asks for the gradient of no filter"):
+        cpu.weight_grad(one, one, (), *[(1, 1)] * 2, (0, 0), (1, 1), out=torch.zeros(0, 2, 1, 1))
+    with pytest.raises(ValueError, match="2 channels for 1 depthwise filters"):
+        weight_grad(one, one, Subset.from_indices(2, [1]), *[(1, 1)] * 2, (0, 0), (1, 1), depthwise=True)
+
+
+def test_another_default_device_does_not_matter():
+    conv, x = PartialConv2d(24, 20, 3, trainable=0.1), torch.randn(2, 24, 5, 5)
+    output = conv(x)
+    with torch.device("meta"):
+        output.sum().backward()
+    assert conv.weight_trainable.grad.device.type == "cpu"
 
 
 def test_a_layer_asked_for_it_gets_the_gradient_of_its_filters():

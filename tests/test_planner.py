@@ -75,6 +75,8 @@ def test_heuristic(change: dict, picked: str, without_cpu_kernel):
         ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 25}, False),
         ({"kernel_size": (1, 1), "padding": (0, 0), "batch": 1, "learned": 40}, True),
         ({"kernel_size": (1, 1), "padding": (0, 0), "learned": 2, "channels_last": False}, False),
+        ({"channels": 1, "learned": 32}, False),
+        ({"channels": 1, "learned": 64}, False),
         ({"learned": 64, "groups": 64}, True),
         ({"learned": 64, "groups": 64, "channels_last": False}, True),
         ({"learned": 64, "groups": 64, "channels_last": False, "batch": 3}, False),

@@ -35,6 +35,11 @@ class WeightGrad {
              const Pair& kernel_size, const Pair& stride, const Pair& padding, const Pair& dilation, bool depthwise,
              const std::string& instructions)
       : code_(instructions.empty() ? **codes() : code_named(instructions)), filters_(std::move(filters)) {
+    if (filters_.empty()) throw py::value_error("filters=[] asks for the gradient of no filter");
+    if (depthwise && input_size[1] != int(filters_.size())) {
+      throw py::value_error("input_size has " + std::to_string(input_size[1]) + " channels for " +
+                            std::to_string(filters_.size()) + " depthwise filters, it needs one for each");
+    }
     Problem& p = problem_;
     p.depthwise = depthwise;
     p.batch = input_size[0], p.channels = input_size[1], p.height = input_size[2], p.width = input_size[3];

@@ -24,7 +24,7 @@ constexpr int SINGLE_TAP_OUTPUTS = 128;
 // So many taps share a pixel at most.
 constexpr int TAPS_TOGETHER = 3;
 // Pixels of the input are asked for so many pixels before they are copied, or else used where they lie.
-constexpr int AHEAD = 16, FAR_AHEAD = 256;
+constexpr int PACK_AHEAD = 16, FAR_AHEAD = 256;
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -39,8 +39,11 @@ struct Block {
   int top, left, input_rows, input_columns;  // of the input; top and left may lie before it
 };
 
-// Whether taps share pixels.
-bool together(const Problem& p) { return p.kernel_w > 1 && p.stride_w == 1 && p.learned <= COLUMNS / 2; }
+// Whether taps share pixels. Each then sees all columns, zeros of the gradient for those that are not its own: few,
+// unless the kernel is as wide as the image. A pixel that is not finite makes every tap of its row of the kernel NaN.
+bool together(const Problem& p) {
+  return p.kernel_w > 1 && p.stride_w == 1 && p.learned <= COLUMNS / 2 && p.width < 2 * p.out_width;
+}
 
 // So many columns of zeros on either side of the gradient are read then.
 int gradient_halo(const Problem& p) { return together(p) ? (p.kernel_w - 1) * p.dilation_w : 0; }
@@ -116,7 +119,7 @@ void pack_row(const Problem& p, const Block& b, int channels, const float* row, 
   to += int64_t(there.begin) * TILE;
   if (channel == 1 && channels == TILE) {
     for (int i = there.begin; i < there.end; ++i, from += step, to += TILE) {
-      __builtin_prefetch(from + AHEAD * step);
+      __builtin_prefetch(from + PACK_AHEAD * step);
       reinterpret_cast<Vector*>(to)[0] = reinterpret_cast<const Vector*>(from)[0];
       *reinterpret_cast<Vector*>(to + LANES) = *reinterpret_cast<const Vector*>(from + LANES);
     }
@@ -286,7 +289,7 @@ void correlate_tile(const Problem& p, const Block& b, const float* input, const 
 }
 
 // Likewise, where taps share pixels; `gradient` has its halo.
-void correlate_together(const Problem& p, const Block& b, const float* input, const Steps& steps, Asks asks,
+void correlate_together(const Problem& p, const Block& b, const float* input, const Steps& steps, bool asks,
                         const Ahead& ahead, const float* gradient, float* sums) {
   const int halo = gradient_halo(p), width = p.out_width + 2 * halo;
   const int most = smaller(TAPS_TOGETHER, COLUMNS / p.learned), parts = (p.kernel_w + most - 1) / most;
@@ -305,8 +308,8 @@ void correlate_together(const Problem& p, const Block& b, const float* input, co
                      (b.column + p.padding_w + halo) * outputs.column;
     for (int part = 0; part < parts; ++part) {
       const int begin = part_begin(p.kernel_w, parts, part), taps = part_begin(p.kernel_w, parts, part + 1) - begin;
-      const Accumulate add = (asks == NOTHING ? by_taps<NOTHING> : by_taps<ELSEWHERE>)[taps - 1][p.learned - 1];
-      asks = NOTHING;
+      const Accumulate add = (asks ? by_taps<ELSEWHERE> : by_taps<NOTHING>)[taps - 1][p.learned - 1];
+      asks = false;
       add(walk, x, g - begin * walk.tap, sums + (r * p.kernel_w + begin) * apart, apart);
     }
   }
@@ -332,11 +335,15 @@ void correlate(const Problem& p, const Item& item, const float* input, const flo
           } else {
             const Steps steps = {int64_t(b.input_rows) * b.input_columns * TILE, int64_t(b.input_columns) * TILE, TILE};
             pack(p, b, channels, from, scratch);
-            // The rows that follow, perhaps of the next image: they will be a block's.
-            const float* next = from + n * there.image + (b.top + b.input_rows) * there.row + b.left * there.column;
-            const Asks asks = p.input_stride[1] == 1 ? ELSEWHERE : NOTHING;
-            (together(p) ? correlate_together : correlate_tile)(p, b, scratch, steps, asks, {next, there}, gradient,
-                                                                to);
+            // The rows that follow, perhaps of the next image: most often they are the next block's.
+            const float* next =
+                from + (n + b.images - 1) * there.image + (b.top + b.input_rows) * there.row + b.left * there.column;
+            const bool asks = p.input_stride[1] == 1;
+            if (together(p)) {
+              correlate_together(p, b, scratch, steps, asks, {next, there}, gradient, to);
+            } else {
+              correlate_tile(p, b, scratch, steps, asks ? ELSEWHERE : NOTHING, {next, there}, gradient, to);
+            }
           }
         }
       }

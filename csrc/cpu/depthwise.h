@@ -1,7 +1,7 @@
 // The inner loops of depthwise filters, after correlate.h and compiled like it: a register of channels at a time,
-// pixels where they lie. Over some rows of all channels, which stay in the second level cache, moves each tile of the
-// gradient: the taps of a row of the kernel together, every pixel that they reach times the gradient there, channel by
-// channel.
+// pixels where they lie. Over a block, some rows of all channels of the item, which stay in the second level cache,
+// moves each tile of the gradient: the taps of a row of the kernel together, every pixel that they reach times the
+// gradient there, channel by channel.
 #pragma once
 #include "weight_grad.h"
 
@@ -9,11 +9,13 @@ namespace rwn::cpu {
 namespace {
 
 // Taps at once, side by side.
-constexpr int TAPS = 4;
-// With so few taps, pixels in turns have sums of their own, or each multiply-add would wait for the last.
-constexpr int turns(int taps) { return taps < TAPS ? 4 : 2; }
-// Rows of a block, of the input and the gradient.
+constexpr int DEPTHWISE_TAPS = 4;
+// Pixels in turns have sums of their own, or each multiply-add would wait for the last.
+constexpr int turns(int taps) { return taps < DEPTHWISE_TAPS ? 4 : 2; }
+// A block of more than a row has up to so many bytes of input and gradient; and every block so few outputs that sums
+// stay accurate.
 constexpr int DEPTHWISE_BYTES = 128 * 1024;
+constexpr int DEPTHWISE_OUTPUTS = 1024;
 
 // sums (COUNT, LANES) += over the walk's pixels, gradient (LANES) times the inputs (LANES) `apart` from each other.
 template <int COUNT>
@@ -44,9 +46,10 @@ void accumulate_depthwise(const Walk& walk, const float* input, int64_t apart, c
   }
 }
 
-// Rows of the output, and where the operands of one tile lie: `input` where the pixel at (0, 0) is or would be.
-struct Rows {
-  int first, count;
+// A block of the output, and where the operands of one tile lie: `input` where the pixel at (0, 0) is.
+struct DepthwiseBlock {
+  int row, rows;
+  Range columns;
   const float* input;
   Steps from;
   const float* gradient;
@@ -55,39 +58,42 @@ struct Rows {
 
 // The taps s to s + COUNT of the kernel's row r, at these columns of the output.
 template <int COUNT>
-void correlate_taps(const Problem& p, const Rows& b, int r, int s, const Range& columns, float* sums) {
-  const int down = b.first * p.stride_h - p.padding_h + r * p.dilation_h;
-  const Range rows = reached(down, b.count, p.stride_h, p.height);
+void correlate_taps(const Problem& p, const DepthwiseBlock& b, int r, int s, const Range& columns, float* sums) {
+  const int down = b.row * p.stride_h - p.padding_h + r * p.dilation_h;
+  const Range rows = reached(down, b.rows, p.stride_h, p.height);
   if (rows.size() <= 0 || columns.size() <= 0) return;
   const int right = columns.begin * p.stride_w - p.padding_w + s * p.dilation_w;
   const Walk walk = {
-      1, rows.size(), columns.size(), {0, p.stride_h * b.from.row, p.stride_w * b.from.column}, b.outputs};
+      1, rows.size(), columns.size(), {0, p.stride_h * b.from.row, p.stride_w * b.from.column}, b.outputs, 0, {}};
   accumulate_depthwise<COUNT>(walk, b.input + (down + rows.begin * p.stride_h) * b.from.row + right * b.from.column,
                               p.dilation_w * b.from.column,
-                              b.gradient + (b.first + rows.begin) * b.outputs.row + columns.begin * b.outputs.column,
+                              b.gradient + (b.row + rows.begin) * b.outputs.row + columns.begin * b.outputs.column,
                               sums + int64_t(r * p.kernel_w + s) * LANES);
 }
 
-using CorrelateTaps = void (*)(const Problem&, const Rows&, int, int, const Range&, float*);
-constexpr CorrelateTaps correlate_by_count[TAPS] = {correlate_taps<1>, correlate_taps<2>, correlate_taps<3>,
-                                                    correlate_taps<4>};
+using CorrelateTaps = void (*)(const Problem&, const DepthwiseBlock&, int, int, const Range&, float*);
+constexpr CorrelateTaps correlate_by_count[DEPTHWISE_TAPS] = {correlate_taps<1>, correlate_taps<2>, correlate_taps<3>,
+                                                              correlate_taps<4>};
 
-Range reached_columns(const Problem& p, int s) {
-  return reached(s * p.dilation_w - p.padding_w, p.out_width, p.stride_w, p.width);
+// Of the block's columns, those for which the kernel's column s lies within the input.
+Range reached_columns(const Problem& p, const DepthwiseBlock& b, int s) {
+  const Range all = reached(s * p.dilation_w - p.padding_w, p.out_width, p.stride_w, p.width);
+  const int begin = smaller(larger(all.begin, b.columns.begin), b.columns.end);
+  return {begin, larger(smaller(all.end, b.columns.end), begin)};
 }
 
-// sums (taps, LANES) += the share of some rows, of one tile.
-void correlate_rows(const Problem& p, const Rows& rows, float* sums) {
-  for (int s = 0; s < p.kernel_w; s += TAPS) {
-    const int count = smaller(TAPS, p.kernel_w - s);
+// sums (taps, LANES) += the share of a block, of one tile.
+void correlate_block(const Problem& p, const DepthwiseBlock& b, float* sums) {
+  for (int s = 0; s < p.kernel_w; s += DEPTHWISE_TAPS) {
+    const int count = smaller(DEPTHWISE_TAPS, p.kernel_w - s);
     // What all of these taps reach; what only some do, each for itself.
-    const int begin = reached_columns(p, s).begin, end = larger(begin, reached_columns(p, s + count - 1).end);
+    const int begin = reached_columns(p, b, s).begin, end = larger(begin, reached_columns(p, b, s + count - 1).end);
     for (int r = 0; r < p.kernel_h; ++r) {
-      correlate_by_count[count - 1](p, rows, r, s, {begin, end}, sums);
+      correlate_by_count[count - 1](p, b, r, s, {begin, end}, sums);
       for (int tap = s; tap < s + count; ++tap) {
-        const Range own = reached_columns(p, tap);
-        correlate_taps<1>(p, rows, r, tap, {own.begin, smaller(own.end, begin)}, sums);
-        correlate_taps<1>(p, rows, r, tap, {larger(own.begin, end), own.end}, sums);
+        const Range own = reached_columns(p, b, tap);
+        correlate_taps<1>(p, b, r, tap, {own.begin, smaller(own.end, begin)}, sums);
+        correlate_taps<1>(p, b, r, tap, {larger(own.begin, end), own.end}, sums);
       }
     }
   }
@@ -96,15 +102,23 @@ void correlate_rows(const Problem& p, const Rows& rows, float* sums) {
 // `input` and `gradient` point to the item's first channel and filter, of the first image.
 void correlate_depthwise(const Problem& p, const Item& item, const float* input, const Steps& from,
                          const float* gradient, const Steps& outputs, float* sums) {
-  const int row_bytes = (p.out_width + p.stride_h * p.width) * item.channels * int(sizeof(float));
-  const int block = larger(1, DEPTHWISE_BYTES / row_bytes);
+  const int width = smaller(p.out_width, DEPTHWISE_OUTPUTS);
+  const int64_t row_bytes = int64_t(1 + p.stride_h * p.stride_w) * width * item.channels * int64_t(sizeof(float));
+  const int height = larger(1, smaller(DEPTHWISE_OUTPUTS / width, int(DEPTHWISE_BYTES / row_bytes)));
   for (int n = item.first_image; n < item.first_image + item.images; ++n) {
-    for (int row = 0; row < p.out_height; row += block) {
-      for (int c = 0; c < item.channels; c += LANES) {
-        const int channel = larger(0, smaller(c, item.channels - LANES));
-        const Rows rows = {row,  smaller(block, p.out_height - row),     input + channel + n * from.image,
-                           from, gradient + channel + n * outputs.image, outputs};
-        correlate_rows(p, rows, sums + int64_t(c) * p.taps());
+    for (int row = 0; row < p.out_height; row += height) {
+      for (int column = 0; column < p.out_width; column += width) {
+        for (int c = 0; c < item.channels; c += LANES) {
+          const int channel = larger(0, smaller(c, item.channels - LANES));
+          const DepthwiseBlock b = {row,
+                                    smaller(height, p.out_height - row),
+                                    {column, smaller(column + width, p.out_width)},
+                                    input + channel + n * from.image,
+                                    from,
+                                    gradient + channel + n * outputs.image,
+                                    outputs};
+          correlate_block(p, b, sums + int64_t(c) * p.taps());
+        }
       }
     }
   }

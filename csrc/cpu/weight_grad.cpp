@@ -36,8 +36,6 @@ namespace {
 
 // So many items keep a large machine busy; a split costs a sum more, and one of all channels a larger one.
 constexpr int ITEMS = 64, WIDE_ITEMS = 16;
-// Of depthwise filters an item is all channels of fewer images: their neighbours share what the caches fetch.
-constexpr int WIDE_DEPTHWISE = 4;
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -55,7 +53,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Pixels are asked for so many pixels before they are read, where they lie so many floats apart: then most of what lies
 // between is skipped, and no machine guesses that.
-constexpr int AHEAD = 64, FAR = 32;
+constexpr int GATHER_AHEAD = 64, FAR = 32;
 
 // Some channels, and where they lie in (N, C, rows, columns).
 struct Channels {
@@ -74,7 +72,7 @@ struct Dense {
 
 // (rows, columns, pitch), of one image: these channels, what is left of the pitch zero.
 void gather_image(const Channels& c, const Dense& d, const float* image, float* to) {
-  const int64_t ahead = AHEAD * c.stride[3] + c.of[0] * c.stride[1];
+  const int64_t ahead = GATHER_AHEAD * c.stride[3] + c.of[0] * c.stride[1];
   for (int row = 0; row < d.rows; ++row) {
     const float* from = image + row * c.stride[2];
     to = std::fill_n(to, d.halo * d.pitch, 0.0f);
@@ -170,7 +168,7 @@ void depthwise_weight_grad(const Code& code, const Problem& p, const float* inpu
   } else {
     grad_output += filters[0];
   }
-  const Cut cut = {p.learned, code.depthwise_tile, 1, p.batch >= WIDE_DEPTHWISE};
+  const Cut cut = {p.learned, code.depthwise_tile, 1, p.batch >= WIDE_ITEMS};
   sum(p, cut, result, threads, [&](const Item& item, int, float* to) {
     const int channel = item.first_channel;
     code.correlate_depthwise(p, item, input + channel, from, grad_output + channel, outputs, to);

@@ -30,7 +30,7 @@ struct Steps {
 
 // The code of one instruction set. `gradient` is (N, P, Q, Kt) with `gradient_halo` columns of zeros before and after
 // Q, `sums` (tiles, taps, Kt, tile) and all zero before; `scratch` holds `scratch_floats`. Of depthwise filters, a tile
-// of channels is one of filters, `sums` (taps, tile).
+// of channels is one of filters, `sums` (tiles, taps, tile).
 struct Code {
   const char* name;
   int tile, depthwise_tile;  // channels that are worked on at once
@@ -47,8 +47,7 @@ const Code* const* codes();
 
 // result[k, c, r, s] = sum over n, p, q of grad_output[n, filters[k], p, q] * input[n, c, p', q'], where
 // p' = p * stride_h + r * dilation_h - padding_h, q' likewise; of depthwise filters result[k, 0, r, s], c being k. The
-// order of the sums depends on the sizes alone,
-// not on `threads`.
+// order of the sums depends on the sizes alone, not on `threads`.
 void weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
                  const int64_t* filters, float* result, int threads);
 
