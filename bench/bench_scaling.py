@@ -125,6 +125,7 @@ def network(depth: int, effort: Effort) -> Group:
     images = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=DEVICE)
     steps = {row: Step(f"wrn-{depth}-2", row, images, labels) for row in NET_ROWS}
+    seconds = in_turns(steps, effort)
     memory = {row: step.memory() for row, step in steps.items()}
     bounds = {
         row: floor_of(f"wrn-{depth}-2", row, images, rates(DEVICE, DTYPE), DTYPE.itemsize)
@@ -132,7 +133,7 @@ def network(depth: int, effort: Effort) -> Group:
         if OURS in row or row in (PLAIN, FROZEN)
     }
     return Group(
-        "scaling", "depth", {"net": "wrn-depth-2", "batch": batch, "depth": depth}, in_turns(steps, effort),
+        "scaling", "depth", {"net": "wrn-depth-2", "batch": batch, "depth": depth}, seconds,
         floor=bounds, predicted=bounds, more=memory,
         rivals={row: others for row in NET_ROWS if (others := rivals(row, NET_ROWS))},
     )  # fmt: skip

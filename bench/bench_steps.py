@@ -96,7 +96,6 @@ def measured(net: Net, effort: Effort, compiled: bool) -> Group:
     oracle = NetworkOracle.of(model_of(net.name, PLAIN).to(DEVICE), images[few], labels[few])
     names = (*rows(net), *(compiled_rows(net) if compiled else ()))
     steps: dict[str, Step | Captured] = {}
-    memory: dict[str, dict[str, int]] = {}
     floor: dict[str, float] = {}
     for row in names:
         form = CAPTURED_AS if row.startswith(CAPTURED_AS) else ""
@@ -104,14 +103,19 @@ def measured(net: Net, effort: Effort, compiled: bool) -> Group:
         steps[row] = Captured(step) if form else step
         if not (form or (DEVICE == "cuda" and row.startswith(COMPILED_AS))):
             oracle.check(row, step.model, step.learner, images[few], labels[few])
-            memory[row] = step.memory()
         if OURS in row or row == FROZEN:
             floor[row] = floor_of(net.name, row.removeprefix(form), images, rates(DEVICE, DTYPE), DTYPE.itemsize)
+    seconds = in_turns(steps, effort)
+    memory = {
+        row: step.memory()
+        for row, step in steps.items()
+        if isinstance(step, Step) and not (DEVICE == "cuda" and row.startswith(COMPILED_AS))
+    }
     case = {
         "batch": net.batch, "image": net.size, "layout": "channels_last",
         "numbers": "bf16 autocast" if DEVICE == "cuda" else "float32",
     }  # fmt: skip
     return Group(
-        "step", net.name, case, in_turns(steps, effort), (PLAIN, FROZEN), floor=floor,
+        "step", net.name, case, seconds, (PLAIN, FROZEN), floor=floor,
         rivals={row: others for row in names if (others := rivals(row, names))}, more=memory,
     )  # fmt: skip

@@ -106,7 +106,8 @@ class Step:
     def memory(self) -> dict[str, int]:
         """Bytes live between forward and backward; at most, with all that lives between steps; of gradients and
         optimizer state. By the allocator: checkpointing, too, holds what it holds by other means than autograd's."""
-        self()
+        if not self.optimizer.state:
+            self()
         state = [v for values in self.optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
         lasting = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *state))
         training = training_bytes(self.model, self.optimizer)
