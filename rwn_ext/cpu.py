@@ -39,12 +39,14 @@ def weight_grad(
     dilation: Pair,
     *,
     out: Tensor,
+    bias: Tensor | None = None,
     depthwise: bool = False,
     instructions: str = "",
 ) -> Tensor:
     """Writes the gradient of the filters `filters` alone into `out` (Kt, C / groups, R, S), and returns it.
 
-    Equals `torch.nn.grad.conv2d_weight(...)[filters]` of a convolution with one group. With `depthwise`, of one with
+    Equals `torch.nn.grad.conv2d_weight(...)[filters]` of a convolution with one group; into a dense `bias` (Kt,) it
+    writes `grad_output[:, filters].sum((0, 2, 3))`, which depthwise filters have no part in. With `depthwise`, of one with
     as many groups as channels and filters, and `input` (N, Kt, H, W) holds the channels of `filters` alone. All are
     float32 on the CPU, of any strides; the order of the sums depends on the sizes alone, not on the number of threads
     (torch's). `instructions` names an instruction set of `native.INSTRUCTIONS`, by default the best here; ValueError
@@ -54,7 +56,13 @@ def weight_grad(
         input.shape, input.stride(), grad_output.shape, grad_output.stride(), filters, out.stride(), kernel_size,
         stride, padding, dilation, depthwise, instructions,
     )  # fmt: skip
-    task(input.data_ptr(), grad_output.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    task(
+        input.data_ptr(),
+        grad_output.data_ptr(),
+        out.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        torch.get_num_threads(),
+    )
     return out
 
 

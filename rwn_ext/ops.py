@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def merge(
     if _watched():
         return torch.ops.rwn_ext.merge(learned, fixed, runs, axis, dtype, stage)
     if fixed.numel() >= _ROOM_NUMEL and learned.dtype == fixed.dtype == dtype and axis == 0 and len(runs) == 2:
-        whole = _merged_in_room(learned, fixed, runs[0])
+        whole = _merged_in_room(learned, fixed, runs[0], stage)
         if whole is not None:
             return whole
     return _merge(learned, fixed, runs, axis, dtype)
@@ -371,13 +372,21 @@ def _merge(
     return whole.index_copy_(axis, _index(_complement(tuple(runs), whole.size(axis)), fixed.device), fixed)
 
 
-class _Room(NamedTuple):
+class _Room:
     """Memory for a whole weight, in it that of its learned filters from `start` on; where the fixed ones are."""
 
-    whole: Tensor
-    learned: Tensor
-    start: int
-    address: int
+    def __init__(self, whole: Tensor, learned: Tensor, start: int, address: int) -> None:
+        self.whole, self.learned, self.start, self.address = whole, learned, start, address
+        self._copied: tuple[ReferenceType[Tensor], int, int] | None = None
+
+    def fill(self, learned: Tensor, stage: str) -> None:
+        """Copies these filters, in backward only if they are not those of the last forward, untouched."""
+        if stage == "backward" and self._copied is not None:
+            last, version, address = self._copied
+            if last() is learned and learned._version == version and learned.data_ptr() == address:
+                return
+        self.learned.copy_(learned)
+        self._copied = None if learned.is_inference() else (ref(learned), learned._version, learned.data_ptr())
 
 
 # Of a fixed Parameter, the room it lies in.
@@ -408,7 +417,7 @@ def make_room(fixed: Tensor, start: int, count: int) -> None:
         _ROOMS[fixed] = _Room(whole, whole.narrow(0, start, count), start, fixed.data_ptr())
 
 
-def _merged_in_room(learned: Tensor, fixed: Tensor, start: int) -> Tensor | None:
+def _merged_in_room(learned: Tensor, fixed: Tensor, start: int, stage: str) -> Tensor | None:
     """The whole in the memory `make_room` gave, lent until the next call; None where there is none.
 
     Nor is there where the whole must be differentiable, or where the Parameter has been given other memory since.
@@ -420,7 +429,7 @@ def _merged_in_room(learned: Tensor, fixed: Tensor, start: int) -> Tensor | None
         return None
     if learned.size(0) + fixed.size(0) != room.whole.size(0):
         return None
-    room.learned.copy_(learned)
+    room.fill(learned, stage)
     return room.whole
 
 
@@ -489,7 +498,7 @@ def _weight_grads(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The gradient of these filters and, with `bias`, of their bias where one pass computes both."""
     arguments = (planned, grad_output, input, filters, groups, dtype, scale, shift)
-    if not (bias and _sums_bias(planned, grad_output, input)):
+    if not (bias and _sums_bias(planned, grad_output, input, dtype)):
         return _run(*arguments), None
     grad_bias = torch.empty(run_length(filters), dtype=dtype, device=input.device)
     return _run(*arguments, bias=grad_bias), grad_bias
@@ -544,11 +553,13 @@ def _run(
     )
 
 
-def _sums_bias(planned: _Planned, grad_output: Tensor, input: Tensor) -> bool:
+def _sums_bias(planned: _Planned, grad_output: Tensor, input: Tensor, dtype: torch.dtype) -> bool:
     """Whether this plan can compute the bias' gradient in the same pass."""
     p = planned.problem
-    if planned.algorithm not in costs.TRITON or _is_differentiated(grad_output, input):
+    if _is_differentiated(grad_output, input):
         return False
+    if planned.algorithm not in costs.TRITON:
+        return planned.algorithm == "direct" and p.groups == 1 and dtype == input.dtype
     geometry = (p.kernel_size, p.stride, p.padding, p.dilation)
     return _triton_kernels().sums_bias(planned.algorithm, geometry, input.shape[2:], grad_output.shape[2:])
 
@@ -750,11 +761,14 @@ def _is_differentiated(*operands: Tensor) -> bool:
     return torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
 
 
-def _direct(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
+def _direct(
+    grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     shape = (p.learned, p.channels // p.groups, *p.kernel_size)
     out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_layout(p))
     geometry = (p.kernel_size, p.stride, p.padding, p.dilation)
-    return cpu.weight_grad(grad_output, input, filters, *geometry, out=out, depthwise=p.groups > 1)
+    return cpu.weight_grad(grad_output, input, filters, *geometry, out=out, bias=bias, depthwise=p.groups > 1)
 
 
 def _triton(

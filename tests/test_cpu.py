@@ -25,10 +25,15 @@ def instructions() -> tuple[str, ...]:
 
 def weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, which="", depthwise=False):
     out = torch.full((len(filters), 1 if depthwise else input.size(1), *kernel_size), torch.nan)
-    return cpu.weight_grad(
-        grad_output, input, filters.runs, kernel_size, stride, padding, dilation, out=out, depthwise=depthwise,
-        instructions=which,
+    bias = None if depthwise else torch.full((len(filters),), torch.nan)
+    ours = cpu.weight_grad(
+        grad_output, input, filters.runs, kernel_size, stride, padding, dilation, out=out, bias=bias,
+        depthwise=depthwise, instructions=which,
     )  # fmt: skip
+    if bias is not None:
+        expected = grad_output.double()[:, list(run_indices(filters.runs))].sum((0, 2, 3))
+        torch.testing.assert_close(bias.double(), expected, rtol=1e-5, atol=1e-5)
+    return ours
 
 
 def oracle(grad_output, input, filters, kernel_size, stride, padding, dilation):
@@ -170,6 +175,14 @@ def test_long_sums_stay_accurate():
     assert error < 8 * torch.finfo(torch.float32).eps
 
 
+def test_long_sums_of_biases_stay_accurate():
+    input, grad_output, bias = torch.rand(2, 1, 1, 100_000), torch.rand(2, 8, 1, 100_000), torch.empty(8)
+    geometry, out = ((1, 1), (1, 1), (0, 0), (1, 1)), torch.empty(8, 1, 1, 1)
+    cpu.weight_grad(grad_output, input, Subset.full(8).runs, *geometry, out=out, bias=bias)
+    expected = grad_output.double().sum((0, 2, 3))
+    assert (bias.double() - expected).norm() / expected.norm() < 8 * torch.finfo(torch.float32).eps
+
+
 def test_long_sums_of_depthwise_filters_stay_accurate():
     """Of a signal, an image of height 1, too."""
     input, grad_output = torch.rand(2, 8, 1, 100_000), torch.rand(2, 8, 1, 100_000)
@@ -192,7 +205,7 @@ ones, result = array.array("f", [1] * 4 * 32 * 25), array.array("f", [0] * 32)
 address = lambda a: a.buffer_info()[0]
 task = native.WeightGrad((4, 32, 5, 5), (800, 25, 5, 1), (5, 5), (800, 25, 5, 1), [3], (32, 1, 1, 1), (1, 1), (1, 1),
                          (0, 0), (1, 1))
-task(address(ones), address(ones), address(result), 4)
+task(address(ones), address(ones), address(result), 0, 4)
 assert set(result) == {{100.0}}, result
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -210,6 +223,9 @@ def test_what_does_not_belong_together_is_refused():
     one = torch.zeros(1, 2, 3, 3)
     with pytest.raises(ValueError, match=r"filters=\[\] asks for the gradient of no filter"):
         cpu.weight_grad(one, one, (), *[(1, 1)] * 2, (0, 0), (1, 1), out=torch.zeros(0, 2, 1, 1))
+    with pytest.raises(ValueError, match="bias is not computed beside depthwise filters"):
+        out, bias = torch.zeros(2, 1, 1, 1), torch.zeros(2)
+        cpu.weight_grad(one, one, (0, 2), *[(1, 1)] * 2, (0, 0), (1, 1), out=out, bias=bias, depthwise=True)
     with pytest.raises(ValueError, match="2 channels for 1 depthwise filters"):
         weight_grad(one, one, Subset.from_indices(2, [1]), *[(1, 1)] * 2, (0, 0), (1, 1), depthwise=True)
 
@@ -231,6 +247,8 @@ def test_a_layer_asked_for_it_gets_the_gradient_of_its_filters():
     output.backward(cotangent)
     expected = oracle(cotangent, x, conv.filters, (3, 3), (2, 2), (1, 1), (1, 1))
     torch.testing.assert_close(conv.weight_trainable.grad.double(), expected, rtol=1e-5, atol=1e-4)
+    biases = cotangent.double()[:, [0, 3, 19]].sum((0, 2, 3))
+    torch.testing.assert_close(conv.bias_trainable.grad.double(), biases, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("trainable", [0.3, [0, 3, 19], 1.0])

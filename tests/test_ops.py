@@ -348,6 +348,40 @@ class TestRoom:
                 ops.merge(learned, fixed, (58, 64), 0, torch.float32, stage="forward")
         assert torch.equal(base, before)
 
+    def test_backward_copies_nothing_that_forward_has_copied(self):
+        conv, x = self.layer(), torch.randn(1, 64, 4, 4, requires_grad=True)
+        output = conv(x)
+        ops._ROOMS[conv.weight_frozen].learned.zero_()
+        (grad,) = torch.autograd.grad(output.sum(), x)
+        weight = conv.weight.detach().clone()
+        weight[58:] = 0
+        (expected,) = torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), x)
+        torch.testing.assert_close(grad, expected)
+
+    def test_backward_copies_what_forward_has_not(self):
+        conv = self.layer()
+        learned, fixed = conv.weight_trainable, conv.weight_frozen
+
+        def merged(part: Tensor, stage: str) -> Tensor:
+            return ops.merge(part, fixed, (58, 64), 0, torch.float32, stage=stage)[58:]
+
+        with torch.no_grad():
+            for change in (
+                lambda part: part.add_(1),
+                lambda part: setattr(part, "data", part + 1) or part,
+                lambda part: part + 1,
+            ):
+                merged(learned, "forward")
+                changed = change(learned)
+                assert torch.equal(merged(changed, "backward"), changed)
+            kept = merged(learned, "forward").clone()
+            merged(torch.zeros_like(learned), "forward")
+            assert torch.equal(merged(learned, "backward"), kept)
+        with torch.inference_mode():
+            made = torch.ones(6, 64, 3, 3)
+            for stage in ("forward", "backward"):
+                assert torch.equal(merged(made, stage), made)
+
     def test_a_forward_between_forward_and_backward_is_harmless(self):
         conv, x = self.layer(), torch.randn(1, 64, 4, 4, requires_grad=True)
         first, second = conv(x), conv(2 * x)

@@ -52,11 +52,12 @@ class WeightGrad {
     }
   }
 
-  void operator()(uintptr_t input, uintptr_t grad_output, uintptr_t result, int threads) const {
+  void operator()(uintptr_t input, uintptr_t grad_output, uintptr_t result, uintptr_t bias, int threads) const {
+    if (bias && problem_.depthwise) throw py::value_error("bias is not computed beside depthwise filters");
     if (threads < 1) throw py::value_error("threads=" + std::to_string(threads) + " is less than 1");
     py::gil_scoped_release release;
     weight_grad(code_, problem_, reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(grad_output),
-                filters_.data(), reinterpret_cast<float*>(result), threads);
+                filters_.data(), reinterpret_cast<float*>(result), reinterpret_cast<float*>(bias), threads);
   }
 
  private:
@@ -78,7 +79,7 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("filters"), py::arg("result_stride"), py::arg("kernel_size"), py::arg("stride"), py::arg("padding"),
            py::arg("dilation"), py::arg("depthwise") = false, py::arg("instructions") = "")
       .def("__call__", &WeightGrad::operator(), py::arg("input"), py::arg("grad_output"), py::arg("result"),
-           py::arg("threads"));
+           py::arg("bias"), py::arg("threads"));
 }
 
 }  // namespace rwn::cpu

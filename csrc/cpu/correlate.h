@@ -172,6 +172,20 @@ Walk joined(Walk walk) {
   return walk;
 }
 
+// The same walk, the same column of all images before the next one: of small images there are more than columns, and
+// the innermost loop should be long.
+Walk turned(Walk walk) {
+  const auto turn = [](auto& a, auto& b) {
+    const auto before = a;
+    a = b, b = before;
+  };
+  turn(walk.images, walk.columns);
+  turn(walk.input.image, walk.input.column);
+  turn(walk.gradient.image, walk.gradient.column);
+  turn(walk.ahead.steps.image, walk.ahead.steps.column);
+  return walk;
+}
+
 // sums (TAPS, FILTERS, TILE), a tap's `apart` from the next one's, += over the walk's pixels, gradient (FILTERS) times
 // input (TILE). With few sums, PHASES pixels at a time have sums of their own, or each multiply-add would wait for the
 // last.
@@ -266,13 +280,14 @@ void correlate_tile(const Problem& p, const Block& b, const float* input, const 
     const Range rows = reached(b.top + down, b.rows, p.stride_h, p.height);
     const Range columns = reached(b.left + right, b.columns, p.stride_w, p.width);
     if (rows.size() == 0 || columns.size() == 0) continue;
-    const Walk walk = joined({b.images,
-                              rows.size(),
-                              columns.size(),
-                              {steps.image, p.stride_h * steps.row, p.stride_w * steps.column},
-                              outputs,
-                              0,
-                              ahead});
+    Walk walk = joined({b.images,
+                        rows.size(),
+                        columns.size(),
+                        {steps.image, p.stride_h * steps.row, p.stride_w * steps.column},
+                        outputs,
+                        0,
+                        ahead});
+    if (asks != FURTHER_ON && 4 * walk.columns <= walk.images) walk = turned(walk);
     const float* x =
         input + (down + rows.begin * p.stride_h) * steps.row + (right + columns.begin * p.stride_w) * steps.column;
     const float* g = gradient + b.image * outputs.image + (b.row + rows.begin) * outputs.row +
@@ -299,10 +314,11 @@ void correlate_together(const Problem& p, const Block& b, const float* input, co
     const int down = r * p.dilation_h;
     const Range rows = reached(b.top + down, b.rows, p.stride_h, p.height);
     if (rows.size() == 0) continue;
-    const Walk walk = {b.images,  rows.size(),
-                       b.columns, {steps.image, p.stride_h * steps.row, steps.column},
-                       outputs,   p.dilation_w * outputs.column,
-                       ahead};
+    Walk walk = {b.images,  rows.size(),
+                 b.columns, {steps.image, p.stride_h * steps.row, steps.column},
+                 outputs,   p.dilation_w * outputs.column,
+                 ahead};
+    if (4 * walk.columns <= walk.images) walk = turned(walk);
     const float* x = input + (down + rows.begin * p.stride_h) * steps.row;
     const float* g = gradient + b.image * outputs.image + (b.row + rows.begin) * outputs.row +
                      (b.column + p.padding_w + halo) * outputs.column;

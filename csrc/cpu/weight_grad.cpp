@@ -36,6 +36,8 @@ namespace {
 
 // So many items keep a large machine busy; a split costs a sum more, and one of all channels a larger one.
 constexpr int ITEMS = 64, WIDE_ITEMS = 16;
+// Of fewer outputs than so many, the sums of a split cost as much as they do.
+constexpr int LEAST_OUTPUTS = 256;
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -92,6 +94,30 @@ Floats gather(const Problem& p, const Channels& c, const Dense& d, const float* 
   return dense;
 }
 
+// Numbers so many are added up before their sum is added to others: one sum of them all would lose digits.
+constexpr int SUMMED = 512;
+
+// bias (pitch), the sums of all that was gathered: image by image, then of these. What is around the pixels is zero.
+void sum_pixels(const Problem& p, const Dense& d, const float* dense, float* bias, int threads) {
+  const Floats sums = allocate(int64_t(2) * p.batch * d.pitch);
+  run(threads, p.batch, [&](int64_t n, int) {
+    float *sum = sums.get() + 2 * n * d.pitch, *some = sum + d.pitch;
+    std::fill_n(sum, d.pitch, 0.0f);
+    const float *g = dense + n * d.image(), *end = g + d.image();
+    while (g < end) {
+      std::fill_n(some, d.pitch, 0.0f);
+      for (const float* stop = std::min(end, g + SUMMED * d.pitch); g < stop; g += d.pitch) {
+        for (int k = 0; k < d.pitch; ++k) some[k] += g[k];
+      }
+      for (int k = 0; k < d.pitch; ++k) sum[k] += some[k];
+    }
+  });
+  std::fill_n(bias, d.pitch, 0.0f);
+  for (int n = 0; n < p.batch; ++n) {
+    for (int k = 0; k < d.pitch; ++k) bias[k] += sums[int64_t(2) * n * d.pitch + k];
+  }
+}
+
 // How the work is cut: channels in tiles, and these or all of them (`wide`) of some images are an item. Each channel
 // has the sums of so many filters.
 struct Cut {
@@ -101,8 +127,9 @@ struct Cut {
   int64_t tiles() const { return divide_up(channels, tile); }
   int64_t tiles_each() const { return wide ? tiles() : 1; }
   int64_t shares() const { return tiles() / tiles_each(); }
-  int64_t splits(int batch) const {
-    return std::clamp<int64_t>((wide ? WIDE_ITEMS : ITEMS) / shares(), 1, std::max(batch, 1));
+  int64_t splits(int batch, int64_t outputs) const {
+    const int64_t most = std::min<int64_t>(batch, batch * outputs / LEAST_OUTPUTS);
+    return std::clamp<int64_t>((wide ? WIDE_ITEMS : ITEMS) / shares(), 1, std::max<int64_t>(most, 1));
   }
   // The last tile ends where the channels do, and so may share some with the one before.
   int first_channel(int64_t i) const { return std::max(0, std::min(int(i) * tile, channels - tile)); }
@@ -111,7 +138,8 @@ struct Cut {
 // Adds up what `correlate(item, thread, to)` adds to `to`, (tiles, taps, filters, tile), and writes it to the result.
 template <class Correlate>
 void sum(const Problem& p, const Cut& cut, float* result, int threads, const Correlate& correlate) {
-  const int64_t tiles = cut.tiles(), tiles_each = cut.tiles_each(), splits = cut.splits(p.batch);
+  const int64_t tiles = cut.tiles(), tiles_each = cut.tiles_each(),
+                splits = cut.splits(p.batch, int64_t(p.out_height) * p.out_width);
   const int64_t sums = int64_t(p.taps()) * cut.filters * cut.tile;
   const Floats partial = allocate(splits * tiles * sums);
   run(threads, cut.shares() * splits, [&](int64_t i, int thread) {
@@ -178,11 +206,12 @@ void depthwise_weight_grad(const Code& code, const Problem& p, const float* inpu
 }  // namespace
 
 void weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
-                 const int64_t* filters, float* result, int threads) {
+                 const int64_t* filters, float* result, float* bias, int threads) {
   if (p.depthwise) return depthwise_weight_grad(code, p, input, grad_output, filters, result, threads);
   const Channels learned = {filters, p.learned, p.gradient_stride};
   const Dense dense = {p.out_height, p.out_width, code.gradient_halo(p), p.learned};
   const Floats gradient = gather(p, learned, dense, grad_output, threads);
+  if (bias) sum_pixels(p, dense, gradient.get(), bias, threads);
   const int64_t scratch = code.scratch_floats(p);
   const Floats scratches = allocate(threads * scratch);
   // With one tap, an item is all channels of some images where there are enough of these: it reads memory in order.
