@@ -14,7 +14,7 @@ import torch
 from bench.competitors import CHECKPOINTED, FROZEN, LEAN, MEMSAVE, OTHERS, OURS, PLAIN, rivals
 from bench.conftest import DEVICE, DTYPE, marks
 from bench.group import Group
-from bench.networks import CAPTURED_AS, COMPILED_AS, IMAGENET, MEMSAVE_IS_INSTALLED, Captured, Step, floor_of, model_of
+from bench.networks import CAPTURED_AS, COMPILED_AS, IMAGENET, MEMSAVE_IS_INSTALLED, Captured, Step, floors_of, model_of
 from bench.oracle import NetworkOracle
 from bench.rates import rates
 from bench.turns import Effort, in_turns
@@ -96,7 +96,7 @@ def measured(net: Net, effort: Effort, compiled: bool) -> Group:
     oracle = NetworkOracle.of(model_of(net.name, PLAIN).to(DEVICE), images[few], labels[few])
     names = (*rows(net), *(compiled_rows(net) if compiled else ()))
     steps: dict[str, Step | Captured] = {}
-    floor: dict[str, float] = {}
+    bounded: dict[str, Step] = {}
     for row in names:
         form = CAPTURED_AS if row.startswith(CAPTURED_AS) else ""
         step = Step(net.name, row.removeprefix(form).removesuffix(" again"), images, labels)
@@ -104,7 +104,8 @@ def measured(net: Net, effort: Effort, compiled: bool) -> Group:
         if not (form or (DEVICE == "cuda" and row.startswith(COMPILED_AS))):
             oracle.check(row, step.model, step.learner, images[few], labels[few])
         if OURS in row or row == FROZEN:
-            floor[row] = floor_of(net.name, row.removeprefix(form), images, rates(DEVICE, DTYPE), DTYPE.itemsize)
+            bounded[row] = step
+    floor = floors_of(bounded, images, rates(DEVICE, DTYPE), DTYPE.itemsize)
     seconds = in_turns(steps, effort)
     memory = {
         row: step.memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -51,9 +52,10 @@ def _partial(net: str, part: float, lean: bool) -> nn.Module:
     return convert(_plain(net), trainable=part, lean=lean)
 
 
-def floor_of(net: str, row: str, images: Tensor, rate: Rates, itemsize: int) -> float:
-    """Seconds at the floor for a row of ours. A lean model computes what the other does, but calls no layer."""
-    return network_floor(model_of(net, row.replace(LEAN, OURS)).to(images.device), images, rate, itemsize)
+def floors_of(steps: Mapping[str, Step], images: Tensor, rate: Rates, itemsize: int) -> dict[str, float]:
+    """Seconds at the floor of these rows' steps. A lean model computes what the other does, but calls no layer."""
+    floors = {row: network_floor(step.model, images, rate, itemsize) for row, step in steps.items() if LEAN not in row}
+    return floors | {row: floors[row.replace(LEAN, OURS)] for row in steps if LEAN in row}
 
 
 def memsave(model: nn.Module) -> nn.Module:

@@ -45,12 +45,12 @@ def weight_grad(
 ) -> Tensor:
     """Writes the gradient of the filters `filters` alone into `out` (Kt, C / groups, R, S), and returns it.
 
-    Equals `torch.nn.grad.conv2d_weight(...)[filters]` of a convolution with one group; into a dense `bias` (Kt,) it
-    writes `grad_output[:, filters].sum((0, 2, 3))`, which depthwise filters have no part in. With `depthwise`, of one with
-    as many groups as channels and filters, and `input` (N, Kt, H, W) holds the channels of `filters` alone. All are
-    float32 on the CPU, of any strides; the order of the sums depends on the sizes alone, not on the number of threads
-    (torch's). `instructions` names an instruction set of `native.INSTRUCTIONS`, by default the best here; ValueError
-    for another.
+    Equals `torch.nn.grad.conv2d_weight(...)[filters]` of a convolution with one group; into a dense `bias` (Kt,), if
+    there is one, goes `grad_output[:, filters].sum((0, 2, 3))`. With `depthwise`, of a convolution with as many groups
+    as channels and filters; `input` (N, Kt, H, W) then holds the channels of `filters` alone, and there is no `bias`.
+    All are float32 on the CPU, of any strides; the order of the sums depends on the sizes alone, not on the number of
+    threads (torch's). `instructions` names an instruction set of `native.INSTRUCTIONS`, by default the best here;
+    ValueError for another.
     """
     task = _task(
         input.shape, input.stride(), grad_output.shape, grad_output.stride(), filters, out.stride(), kernel_size,
