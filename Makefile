@@ -1,4 +1,4 @@
-# demo, test, bench and lint do all their own set-up, in a virtual environment beside this file; gpu uses the Python at
+# demo, test, bench, ceiling and lint do all their own set-up, in a virtual environment beside this file; gpu uses the Python at
 # hand, with the packages it has.
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py constraints.txt README.md LICENSE MANIFEST.in
 	$(wildcard csrc/* csrc/*/* kernels/*.py rwn_ext/*.py rwn_ext/*/*.py)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint gpu gpu-full gpu-csrc clean
+.PHONY: demo test bench ceiling lint gpu gpu-full gpu-csrc clean
 
 demo: $(VENV)/installed-paper
 	# from a folder without the sources: the package as installed, with its compiled kernels
@@ -30,6 +30,13 @@ bench: $(VENV)/installed-bench
 	# it would continue what was measured before
 	rm -f $(RESULTS)/kernels.json
 	$(VENV)/bin/python -m bench.bench_kernels $(RESULTS) $(if $(QUICK),--budget 2) || test $$? = 3
+	$(VENV)/bin/python -m bench.report $(RESULTS)
+
+ceiling: $(VENV)/installed-bench
+	$(INPLACE)
+	mkdir -p $(RESULTS)
+	$(VENV)/bin/python -m pytest bench/bench_ceiling.py -q --ceiling --benchmark-columns=median,iqr --benchmark-disable-gc \
+		--benchmark-json=$(RESULTS)/ceiling.json
 	$(VENV)/bin/python -m bench.report $(RESULTS)
 
 lint: $(VENV)/installed-lint

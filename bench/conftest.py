@@ -32,6 +32,7 @@ def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="a minute's worth: few layers and rounds")
     parser.addoption("--tested", action="store_true", help="the tests have just been run, so that they need not be now")
     parser.addoption("--compiled", action="store_true", help="torch.compile too, which takes minutes for each network")
+    parser.addoption("--ceiling", action="store_true", help="bench_ceiling too, whose many rounds take minutes")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,11 +41,12 @@ def pytest_configure(config):
     config.option.benchmark_timer = f"{clock.__module__}.{clock.__name__}"
     config.addinivalue_line("markers", "slow: left out by --quick")
     config.addinivalue_line("markers", "compiled: left out without --compiled")
+    config.addinivalue_line("markers", "ceiling: left out without --ceiling")
 
 
 def pytest_collection_modifyitems(config, items):
     left_out = {"slow"} if config.option.quick else set()
-    left_out |= set() if config.option.compiled else {"compiled"}
+    left_out |= {name for name in ("compiled", "ceiling") if not config.getoption(name)}
     for item in items:
         for name in left_out & {marker.name for marker in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=f"{name} cases are left out"))

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from bench.group import PLAIN
-from bench.page import page
+from bench.page import ceilings, page
 from bench.pictures import FINGERPRINT, draw_demo, draw_layers, draw_scaling, draw_steps
 from bench.results import Entry, Results, groups, load
 from rwn_ext.paper import demo
@@ -106,7 +106,9 @@ def _cell(entry: Entry | None) -> str:
     return "" if entry is None else f"{entry.ratios[PLAIN].median:.2f}"
 
 
-BLOCKS: dict[str, Callable[[Results], str]] = {"demo": _demo, "steps": _steps, "memory": _memory}
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "demo": _demo, "steps": _steps, "ceiling": ceilings, "memory": _memory,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -133,6 +133,14 @@ def test_memory_has_its_section_where_it_was_measured(tmp_path):
     assert "| wrn-28-4, p=.1 | 0.514 | 0.509 | 0.520 |" in page(load(folder))
 
 
+def test_speeds_relative_to_the_ceiling_have_their_section(tmp_path):
+    assert "ceiling" not in page(load(written(tmp_path / "none", {PLAIN: steady(1.0)}))).partition("## How this")[0]
+    seconds = {FROZEN: [1.0] * 9, f"{OURS} p = 0.1": [1.25] * 2 + [2.0] * 5 + [4.0] * 2}
+    folder = saved(tmp_path / "some", Group("ceiling", "a net", {"batch": 32}, seconds, against=(FROZEN,)))
+    assert report.main([str(folder)]) == 0
+    assert "| a net | 32 | 9 | 0.50 [0.25, 0.80] |" in page(load(folder))
+
+
 def test_report_writes_the_page_and_its_pictures(tmp_path, capsys):
     folder = written(tmp_path / "new", {PLAIN: steady(1.0), "rwn_ext": steady(0.9)})
     assert report.main([str(folder)]) == 0

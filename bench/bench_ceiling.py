@@ -1,0 +1,42 @@
+"""How near a step comes to the one with nothing but the rest learned, on a CPU: few contenders, many rounds.
+
+The shares are of a few percent, which the rounds that bench_steps has time for do not tell from noise. `make ceiling`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from bench.competitors import FROZEN, OURS, PLAIN
+from bench.conftest import DEVICE
+from bench.group import Group
+from bench.networks import Step, model_of
+from bench.oracle import NetworkOracle
+from bench.turns import Effort, in_turns
+
+BATCHES = {"wrn-16-4": 32, "densenet-bc-40-12": 32, "vgg19-bn": 16}
+ROWS = (FROZEN, *(f"{OURS} p = {part}" for part in (0.05, 0.1)))
+EFFORT = Effort(0, least=61, most=61)
+
+
+@pytest.mark.ceiling
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU, bench_steps has the rounds and captures the steps")
+@pytest.mark.parametrize(("name", "row"), [(name, row) for name in BATCHES for row in ROWS])
+def test_ceiling(record, effort, name, row):
+    record(measured(name, effort(EFFORT)), row)
+
+
+@lru_cache(maxsize=1)
+def measured(name: str, effort: Effort) -> Group:
+    batch = BATCHES[name]
+    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,))
+    oracle = NetworkOracle.of(model_of(name, PLAIN), images, labels)
+    steps = {row: Step(name, row, images, labels) for row in ROWS}
+    for row, step in steps.items():
+        oracle.check(row, step.model, step.learner, images, labels)
+    case = {"batch": batch, "image": 32, "layout": "channels_last", "numbers": "float32"}
+    return Group("ceiling", name, case, in_turns(steps, effort), against=(FROZEN,))
