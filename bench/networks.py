@@ -81,7 +81,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 
 class Step:
-    """One step of SGD by the paper's schedule, on the network of a row."""
+    """One step of SGD by the paper's schedule, on the network of a row; on a CPU of fused SGD, its fastest."""
 
     def __init__(self, net: str, row: str, images: Tensor, labels: Tensor) -> None:
         self.device = images.device.type
@@ -95,6 +95,7 @@ class Step:
             lr=1e-3,
             momentum=schedule.momentum,
             weight_decay=schedule.weight_decay,
+            fused=self.device == "cpu",
         )
 
     def __call__(self, between=lambda: None) -> None:

@@ -144,12 +144,15 @@ void pack(const Problem& p, const Block& b, int channels, const float* input, fl
   }
 }
 
-// What is asked for while a pixel is worked on: nothing, another further on in the same walk, or one of `Ahead`.
-enum Asks { NOTHING, FURTHER_ON, ELSEWHERE };
+// What is asked for while pixels are worked on: nothing, others further on in the same walk, or those of `Ahead`: all,
+// pixel by pixel, or in walks that are short, and so share what there is to wait for, a part before each row.
+enum Asks { NOTHING, FURTHER_ON, ELSEWHERE, ELSEWHERE_IN_PARTS };
 
+// Pixels that are needed next.
 struct Ahead {
   const float* first;
   Steps steps;
+  int part, parts;
 };
 
 // The operands of one tap, or of some that share pixels.
@@ -186,6 +189,9 @@ Walk turned(Walk walk) {
   return walk;
 }
 
+// How much of `all` the part of this number begins with, where there are so many parts of nearly equal size.
+int part_begin(int all, int parts, int part) { return all * part / parts; }
+
 // sums (TAPS, FILTERS, TILE), a tap's `apart` from the next one's, += over the walk's pixels, gradient (FILTERS) times
 // input (TILE). With few sums, PHASES pixels at a time have sums of their own, or each multiply-add would wait for the
 // last.
@@ -203,17 +209,21 @@ void accumulate(const Walk& walk, const float* input, const float* gradient, flo
       }
     }
   };
+  const Ahead& next = walk.ahead;
+  const int begin = ASKS == ELSEWHERE_IN_PARTS ? part_begin(walk.columns, next.parts, next.part) : 0;
+  const int end = ASKS == ELSEWHERE_IN_PARTS ? part_begin(walk.columns, next.parts, next.part + 1) : 0;
   for (int image = 0; image < walk.images; ++image) {
     for (int row = 0; row < walk.rows; ++row) {
       const float* x = input + image * walk.input.image + row * walk.input.row;
       const float* g = gradient + image * walk.gradient.image + row * walk.gradient.row;
-      const float* ahead = walk.ahead.first + image * walk.ahead.steps.image + row * walk.ahead.steps.row;
+      const float* ahead = next.first + image * next.steps.image + row * next.steps.row;
+      for (int i = begin; i < end; ++i) __builtin_prefetch(ahead + i * next.steps.column);
       int column = 0;
       for (; column + PHASES <= walk.columns; column += PHASES) {
 #pragma GCC unroll 4
         for (int phase = 0; phase < PHASES; ++phase) {
           if (ASKS == FURTHER_ON) __builtin_prefetch(x + FAR_AHEAD * walk.input.column);
-          if (ASKS == ELSEWHERE) __builtin_prefetch(ahead), ahead += walk.ahead.steps.column;
+          if (ASKS == ELSEWHERE) __builtin_prefetch(ahead), ahead += next.steps.column;
           add(acc[phase], x, g);
           x += walk.input.column;
           g += walk.gradient.column;
@@ -266,11 +276,8 @@ constexpr Table<ASKS, 3, 1, 2, 3, 4> three_taps;
 template <Asks ASKS>
 constexpr const Accumulate* by_taps[TAPS_TOGETHER] = {one_tap<ASKS>.of, two_taps<ASKS>.of, three_taps<ASKS>.of};
 
-// How much of `all` the part of this number begins with, where there are so many parts of nearly equal size.
-int part_begin(int all, int parts, int part) { return all * part / parts; }
-
 // sums (taps, Kt, TILE) += the block's share, of one tile of channels. `input` is where its first pixel would be.
-// What it may ask for elsewhere it asks for once.
+// What it may ask for elsewhere it asks for in its first walk: there is enough to do while that comes.
 void correlate_tile(const Problem& p, const Block& b, const float* input, const Steps& steps, Asks asks,
                     const Ahead& ahead, const float* gradient, float* sums) {
   const int parts = (p.learned + COLUMNS - 1) / COLUMNS;
@@ -324,8 +331,8 @@ void correlate_together(const Problem& p, const Block& b, const float* input, co
                      (b.column + p.padding_w + halo) * outputs.column;
     for (int part = 0; part < parts; ++part) {
       const int begin = part_begin(p.kernel_w, parts, part), taps = part_begin(p.kernel_w, parts, part + 1) - begin;
-      const Accumulate add = (asks ? by_taps<ELSEWHERE> : by_taps<NOTHING>)[taps - 1][p.learned - 1];
-      asks = false;
+      const Accumulate add = (asks ? by_taps<ELSEWHERE_IN_PARTS> : by_taps<NOTHING>)[taps - 1][p.learned - 1];
+      walk.ahead.part = r * parts + part, walk.ahead.parts = p.kernel_h * parts;
       add(walk, x, g - begin * walk.tap, sums + (r * p.kernel_w + begin) * apart, apart);
     }
   }
@@ -354,11 +361,12 @@ void correlate(const Problem& p, const Item& item, const float* input, const flo
             // The rows that follow, perhaps of the next image: most often they are the next block's.
             const float* next =
                 from + (n + b.images - 1) * there.image + (b.top + b.input_rows) * there.row + b.left * there.column;
+            const Ahead ahead = {next, there, 0, 1};
             const bool asks = p.input_stride[1] == 1;
             if (together(p)) {
-              correlate_together(p, b, scratch, steps, asks, {next, there}, gradient, to);
+              correlate_together(p, b, scratch, steps, asks, ahead, gradient, to);
             } else {
-              correlate_tile(p, b, scratch, steps, asks ? ELSEWHERE : NOTHING, {next, there}, gradient, to);
+              correlate_tile(p, b, scratch, steps, asks ? ELSEWHERE : NOTHING, ahead, gradient, to);
             }
           }
         }
