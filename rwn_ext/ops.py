@@ -57,9 +57,9 @@ def merge(
 ) -> Tensor:
     """The tensor whose channels `runs` along `axis` are `learned` and whose others are `fixed`, cast to `dtype`.
 
-    `stage` ("forward" or "backward") has no effect on the result. It keeps a compiler from merging the two calls of a
-    training step into one, which would keep the whole weight alive between them. Without it, the result is
-    differentiable wherever it is made.
+    `stage` is "forward" or "backward", which may find that forward's copy still stands. It keeps a compiler from
+    merging the two calls of a training step into one, which would keep the whole weight alive between them. Without it,
+    the result is differentiable wherever it is made.
     """
     if learned is None or fixed is None:
         whole = fixed if learned is None else learned
@@ -380,13 +380,19 @@ class _Room:
         self._copied: tuple[ReferenceType[Tensor], int, int] | None = None
 
     def fill(self, learned: Tensor, stage: str) -> None:
-        """Copies these filters, in backward only if they are not those of the last forward, untouched."""
-        if stage == "backward" and self._copied is not None:
-            last, version, address = self._copied
+        """Copies these filters, in the first backward after a forward only if they are not those of that forward.
+
+        Whether they are is asked of the object, its version counter and its address: a write through `.data` between
+        the two is not seen, nor is a fused optimizer's step, and backward then sees what forward saw.
+        """
+        copied, self._copied = self._copied, None
+        if stage == "backward" and copied is not None:
+            last, version, address = copied
             if last() is learned and learned._version == version and learned.data_ptr() == address:
                 return
         self.learned.copy_(learned)
-        self._copied = None if learned.is_inference() else (ref(learned), learned._version, learned.data_ptr())
+        if stage == "forward" and not learned.is_inference():
+            self._copied = ref(learned), learned._version, learned.data_ptr()
 
 
 # Of a fixed Parameter, the room it lies in.

@@ -374,6 +374,10 @@ class TestRoom:
                 merged(learned, "forward")
                 changed = change(learned)
                 assert torch.equal(merged(changed, "backward"), changed)
+            merged(learned, "forward")
+            merged(learned, "backward")
+            learned.data.add_(1)  # as fused optimizers write: the version counter does not see it
+            assert torch.equal(merged(learned, "backward"), learned)
             kept = merged(learned, "forward").clone()
             merged(torch.zeros_like(learned), "forward")
             assert torch.equal(merged(learned, "backward"), kept)

@@ -110,6 +110,13 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, images, options):
     assert left["history"] == right["history"]
 
 
+def test_a_checkpoint_does_not_say_how_the_optimizer_computes(tmp_path, images):
+    first = Run(config(tmp_path), images)
+    first.optimizer.param_groups[0]["fused"] = None  # of a run on a GPU
+    first.save()
+    assert Run(config(tmp_path), images, resume=True).optimizer.param_groups[0]["fused"] is True
+
+
 def test_resuming_restores_the_subsets(tmp_path, images):
     first = Run(config(tmp_path), images)
     first.model.conv1.set_trainable_([0, 5])

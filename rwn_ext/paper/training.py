@@ -331,8 +331,10 @@ class Run:
         moments = ("exp_avg", "exp_avg_sq") if self.config.optimizer == "adam" else ("momentum_buffer",)
         kept = self.config.optimizer == "adam" or self.config.schedule.momentum
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            if any(group[key] != value for key, value in settings.items() if key != "capturable"):
+            if any(group[key] != value for key, value in settings.items() if key not in ("capturable", "fused")):
                 raise ValueError("its optimizer has other settings")
+            # The checkpoint may be of a run on another device, or of one that did not fuse.
+            group["fused"] = settings["fused"]
             if "capturable" in settings:
                 # The checkpoint may be of a run that was captured, or not.
                 group["capturable"] = settings["capturable"]
@@ -399,7 +401,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 # Settings of an optimizer that a run decides; what older checkpoints do not say because there was one choice alone.
-_SETTINGS = ("momentum", "weight_decay", "betas", "capturable")
+_SETTINGS = ("momentum", "weight_decay", "betas", "capturable", "fused")
 _LATER = {"bn": "learned", "dim": 0, "select": "last", "gamma": "ones", "optimizer": "sgd"}
 
 
