@@ -1,5 +1,5 @@
-# demo, test, bench, ceiling and lint do all their own set-up, in a virtual environment beside this file; gpu uses the Python at
-# hand, with the packages it has.
+# demo, test, bench, ceiling and lint do all their own set-up, in a virtual environment beside this file; gpu uses the
+# Python at hand, with the packages it has.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check

@@ -136,7 +136,7 @@ def conv2d_weight_grads(
     if not _watched():
         planned = _plan_of(*arguments)
         return _weight_grads(planned, grad_output, input, filters, groups, dtype or input.dtype, True, scale, shift)
-    # Only on a GPU is there something to gain, and there the op decides.
+    # On a CPU a watched call leaves the bias to a sum of its own, on a GPU the op decides.
     if input.is_cuda:
         return torch.ops.rwn_ext.conv2d_weight_bias_grad(*arguments)
     return conv2d_weight_grad(*arguments), None

@@ -175,8 +175,8 @@ Walk joined(Walk walk) {
   return walk;
 }
 
-// The same walk, the same column of all images before the next one: of small images there are more than columns, and
-// the innermost loop should be long.
+// The same walk, the same column of all images before the next one: a block of small images has more of them than
+// columns, and the innermost loop should be the longest.
 Walk turned(Walk walk) {
   const auto turn = [](auto& a, auto& b) {
     const auto before = a;
@@ -310,7 +310,7 @@ void correlate_tile(const Problem& p, const Block& b, const float* input, const 
   }
 }
 
-// Likewise, where taps share pixels; `gradient` has its halo.
+// Likewise, where taps share pixels; `gradient` has its halo. Each walk asks for its part.
 void correlate_together(const Problem& p, const Block& b, const float* input, const Steps& steps, bool asks,
                         const Ahead& ahead, const float* gradient, float* sums) {
   const int halo = gradient_halo(p), width = p.out_width + 2 * halo;
