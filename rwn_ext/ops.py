@@ -228,7 +228,7 @@ def conv2d_grads(
         float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), filters, *geometry,
         input.device, layout, input.dtype, False,
     )  # fmt: skip
-    if planned.with_input:
+    if planned.with_input and not misreads(input, kernel_size, stride):
         grad_input, whole, _ = torch.ops.aten.convolution_backward.default(
             grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, True, False)
         )
@@ -675,7 +675,12 @@ def _gather(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, group
 
 
 def _library_weight_grad(grad_output: Tensor, input: Tensor, p: Problem, groups: int) -> Tensor:
-    """The weight gradient as cuDNN or oneDNN computes it, of all the filters of this `grad_output`."""
+    """The weight gradient as cuDNN or oneDNN computes it, of all the filters of this `grad_output`.
+
+    In float32 where the library cannot be trusted with less (`misreads`).
+    """
+    if misreads(input, p.kernel_size, p.stride):
+        grad_output, input = grad_output.float(), input.float()
     # Only the sizes of the weight are looked at: one element stands for all.
     weight = input.new_empty(()).expand(grad_output.size(1), input.size(1) // groups, *p.kernel_size)
     input, stride = visited(input, p.kernel_size, p.stride, p.padding, groups)
@@ -701,6 +706,16 @@ def _overruns(channels: int, kernel_size: Pair, stride: Pair) -> bool:
     crashes alike. Twice as many channels are spared for wider vectors.
     """
     return kernel_size == (1, 1) and stride != (1, 1) and channels < 16
+
+
+def misreads(input: Tensor, kernel_size: Pair, stride: Pair) -> bool:
+    """Whether oneDNN's weight gradient may be of numbers that are not the input's.
+
+    In version 3.12 it is, in bfloat16 with AVX-512's instructions for it, where a step of the filters is wider than the
+    image: what happens to lie in memory is added, to plain `nn.Conv2d`'s gradient alike.
+    """
+    narrow = input.size(3) < stride[1] and kernel_size[1] > 1
+    return narrow and input.is_cpu and input.dtype == torch.bfloat16
 
 
 def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:

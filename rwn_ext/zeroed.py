@@ -309,9 +309,12 @@ def _convolve(
 def _library_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int = 1
 ) -> Tensor:
-    """`F.conv2d`, spared what its backward cannot do (see `ops.visited`)."""
+    """`F.conv2d`, spared what its backward cannot do (see `ops.visited` and `ops.misreads`)."""
+    kernel_size = (weight.size(2), weight.size(3))
+    if ops.misreads(input, kernel_size, _pair(stride)):
+        exact = None if bias is None else bias.float()
+        return _library_conv2d(input.float(), weight.float(), exact, stride, padding, dilation, groups).to(input.dtype)
     if not isinstance(padding, str):
-        kernel_size = (weight.size(2), weight.size(3))
         input, stride = ops.visited(input, kernel_size, _pair(stride), _pair(padding), groups)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 

@@ -393,3 +393,27 @@ class TestRoom:
         (grad,) = torch.autograd.grad((first + second).sum(), x)
         (expected,) = torch.autograd.grad(F.conv2d(3 * x, conv.weight.detach(), padding=1).sum(), x)
         torch.testing.assert_close(grad, expected)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("frozen", "algorithm"), [("random", "auto"), ("random", "full"), ("random", "gather"), ("zero", None)]
+)
+@pytest.mark.parametrize(("size", "stride"), [((4, 1), 2), ((1, 2), (1, 3)), ((1, 1), (2, 3))], ids=str)
+def test_steps_wider_than_the_image_in_bfloat16(frozen: str, algorithm: str | None, size, stride, layout):
+    """oneDNN's own gradient holds there, with AVX-512, what happens to lie in memory."""
+    layer = PartialConv2d(32, 48, 3, stride, 1, trainable=9, frozen=frozen, algorithm=algorithm, dtype=torch.bfloat16)
+    layer = layer.to(memory_format=layout)
+    for _ in range(4):
+        layer.zero_grad()
+        x = torch.randn(4, 32, *size, dtype=torch.bfloat16).contiguous(memory_format=layout).requires_grad_()
+        output = layer(x)
+        cotangent = torch.randn_like(output)
+        litter = [torch.full((1 << power,), 3e38) for power in (8, 10, 14, 16, 18)]
+        del litter
+        output.backward(cotangent)
+        weight = layer.to_conv2d().weight.double().detach().requires_grad_()
+        exact = F.conv2d(x.detach().double(), weight, None, stride, 1)
+        (expected,) = torch.autograd.grad(exact, weight, cotangent.double())
+        expected, ours = expected[-9:], layer.weight_trainable.grad
+        assert ours.dtype == torch.bfloat16 and (ours.double() - expected).norm() < 0.02 * expected.norm()

@@ -12,7 +12,7 @@ import rwn_ext
 from rwn_ext import PartialConv2d, ops, planner, tuning
 from rwn_ext.planner import Problem, explain, plan
 
-LAYER = Problem(2, 64, 8, 8, 64, 6, (3, 3), padding=(1, 1), channels_last=True)
+LAYER = Problem(4, 64, 8, 8, 64, 6, (3, 3), padding=(1, 1), channels_last=True)
 
 
 @pytest.fixture(autouse=True)
