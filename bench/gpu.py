@@ -29,6 +29,7 @@ from bench import bench_kernels
 from bench.bench_kernels import UNFINISHED
 from bench.group import PLAIN
 from rwn_ext.describe import table
+from rwn_ext.files import replacing
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 480
@@ -114,9 +115,8 @@ def run_all(plan: Sequence[Stage], out: Path, *, resume: bool, runner: Callable 
         print(f"{stage.name} ...", file=sys.stderr, flush=True)
         outcome, seconds = runner(stage, out / f"{stage.name.replace(' ', '-')}.log")
         outcomes[stage.name] = {"outcome": outcome, "seconds": round(seconds, 1), "limit": stage.seconds}
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(outcomes, indent=1) + "\n")
-        os.replace(part, file)
+        with replacing(file) as part:
+            part.write_text(json.dumps(outcomes, indent=1) + "\n")
     return outcomes
 
 

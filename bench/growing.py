@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -15,6 +14,7 @@ from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
 from bench.group import Group
 from bench.machine import commit, described
 from bench.results import ResultsError, read
+from rwn_ext.files import replacing
 
 
 class GrowingResults:
@@ -50,9 +50,8 @@ class GrowingResults:
         self.content["failures"] += failures
         self.content["datetime"] = datetime.now(timezone.utc).isoformat()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as part:
+            part.write_text(json.dumps(self.content, indent=1) + "\n")
 
     def _continue(self, file: Path, old: dict[str, Any]) -> None:
         for what, kept in (("machine_info", {"rates": None}), ("commit_info", {"time": None})):

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 import rwn_ext
 from bench.machine import commit, versions
 from bench.results import read
+from rwn_ext.files import replacing
 from rwn_ext.memory import measure_cpu
 from rwn_ext.paper.networks import build
-from rwn_ext.paper.training import replacing
 from tests.architectures import MobileNetV2, resnet50, resnet101
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from rwn_ext.convert import set_subsets_, subsets
 from rwn_ext.draw import INITS, VERSION, draw
+from rwn_ext.files import replacing
 from rwn_ext.partial_layer import PartialLayer
 from rwn_ext.partition import PARTS
 from rwn_ext.subsets import Subset
@@ -74,9 +74,8 @@ def save_compact(
         )
     layout = json.dumps({"source": source.entry(), "subsets": subsets(model), "blocks": blocks})
     metadata = {"format": FORMAT, "layout": layout, "sha256": _content_hash(stored, layout)}
-    unfinished = Path(f"{path}.part")
-    _safetensors().torch.save_file(stored, unfinished, metadata)
-    os.replace(unfinished, path)
+    with replacing(Path(path)) as unfinished:
+        _safetensors().torch.save_file(stored, unfinished, metadata)
 
 
 def load_compact(

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
+from rwn_ext.files import replacing
 from rwn_ext.paper.progress import ProgressWatcher, bar
 from rwn_ext.paper.timing import ratio
-from rwn_ext.paper.training import CHECKPOINT, Run, replacing
+from rwn_ext.paper.training import CHECKPOINT, Run
 
 PLAIN = "nn.Conv2d"
 

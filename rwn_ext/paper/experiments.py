@@ -20,9 +20,10 @@ from rich.table import Table
 from torch import Tensor
 
 from rwn_ext import load_compact, save_compact
+from rwn_ext.files import replacing
 from rwn_ext.paper.data import ImageSet
 from rwn_ext.paper.progress import train_with_progress
-from rwn_ext.paper.training import CHECKPOINT, Config, Ranks, Run, read_checkpoint, replacing
+from rwn_ext.paper.training import CHECKPOINT, Config, Ranks, Run, read_checkpoint
 
 RESULTS = "results.json"
 ALL = "all"

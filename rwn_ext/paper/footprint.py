@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from rwn_ext.files import replacing
 from rwn_ext.frozen_norm import freeze_norms
 from rwn_ext.lean import make_lean
 from rwn_ext.memory import COLUMNS, STEP_ROWS, Memory, memory
 from rwn_ext.paper.networks import build
 from rwn_ext.paper.schedules import schedule_of
-from rwn_ext.paper.training import replacing
 
 COLOURS = {"plain": "tab:gray", "now": "tab:blue", "predicted": "tab:cyan", "minimum": "tab:green"}
 LABELS = {"plain": "plain nn", "now": "this network", "predicted": "predicted", "minimum": "minimum"}

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rwn_ext.files import replacing
 from rwn_ext.paper.magnitudes import KINDS, Magnitudes
-from rwn_ext.paper.training import Run, replacing
+from rwn_ext.paper.training import Run
 
 
 def bar(console: Console) -> Progress:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rwn_ext.files import replacing
 from rwn_ext.paper import data
 from rwn_ext.paper.costs import costs, machine
 from rwn_ext.paper.drawing import drawn, page
@@ -22,7 +23,7 @@ from rwn_ext.paper.presets import Preset
 from rwn_ext.paper.progress import bar
 from rwn_ext.paper.schedules import schedule_of
 from rwn_ext.paper.sweep import Cell, Sweep, summary
-from rwn_ext.paper.training import Run, replacing
+from rwn_ext.paper.training import Run
 
 PLAIN = "nn.Conv2d"
 QUICK = {"seeds": 1, "budget_epochs": 2, "rounds": 3}

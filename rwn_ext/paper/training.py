@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rwn_ext import set_subsets_, subsets
+from rwn_ext.files import replacing
 from rwn_ext.paper import data, networks
 from rwn_ext.paper.graphed import Captured
 from rwn_ext.paper.magnitudes import magnitudes, means
@@ -459,13 +460,3 @@ class Ranks:
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `target` once all is written and on disk."""
-    path = target.with_name(target.name + ".part")
-    yield path
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(path, target)
