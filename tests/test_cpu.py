@@ -176,8 +176,9 @@ def test_long_sums_stay_accurate():
     assert error < 8 * torch.finfo(torch.float32).eps
 
 
-def test_long_sums_of_biases_stay_accurate():
-    input, grad_output, bias = torch.rand(2, 1, 1, 100_000), torch.rand(2, 8, 1, 100_000), torch.empty(8)
+@pytest.mark.parametrize(("batch", "pixels"), [(2, 100_000), (100_000, 2)])
+def test_long_sums_of_biases_stay_accurate(batch, pixels):
+    input, grad_output, bias = torch.rand(batch, 1, 1, pixels), torch.rand(batch, 8, 1, pixels), torch.empty(8)
     geometry, out = ((1, 1), (1, 1), (0, 0), (1, 1)), torch.empty(8, 1, 1, 1)
     cpu.weight_grad(grad_output, input, Subset.full(8).runs, *geometry, out=out, bias=bias)
     expected = grad_output.double().sum((0, 2, 3))

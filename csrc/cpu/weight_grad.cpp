@@ -96,12 +96,15 @@ Floats gather(const Problem& p, const Channels& c, const Dense& d, const float* 
 
 // Numbers so many are added up before their sum is added to others: one sum of them all would lose digits.
 constexpr int SUMMED = 512;
+// A cache line: threads that write to the same one wait for each other.
+constexpr int LINE = 16;
 
 // bias (pitch), the sums of all that was gathered: image by image, then of these. What is around the pixels is zero.
 void sum_pixels(const Problem& p, const Dense& d, const float* dense, float* bias, int threads) {
-  const Floats sums = allocate(int64_t(2) * p.batch * d.pitch);
+  const int64_t image = divide_up(2 * d.pitch, LINE) * LINE;
+  const Floats sums = allocate(p.batch * image);
   run(threads, p.batch, [&](int64_t n, int) {
-    float *sum = sums.get() + 2 * n * d.pitch, *some = sum + d.pitch;
+    float *sum = sums.get() + n * image, *some = sum + d.pitch;
     std::fill_n(sum, d.pitch, 0.0f);
     const float *g = dense + n * d.image(), *end = g + d.image();
     while (g < end) {
@@ -112,9 +115,10 @@ void sum_pixels(const Problem& p, const Dense& d, const float* dense, float* bia
       for (int k = 0; k < d.pitch; ++k) sum[k] += some[k];
     }
   });
-  std::fill_n(bias, d.pitch, 0.0f);
-  for (int n = 0; n < p.batch; ++n) {
-    for (int k = 0; k < d.pitch; ++k) bias[k] += sums[int64_t(2) * n * d.pitch + k];
+  for (int k = 0; k < d.pitch; ++k) {
+    double total = 0;
+    for (int n = 0; n < p.batch; ++n) total += sums[n * image + k];
+    bias[k] = float(total);
   }
 }
 
