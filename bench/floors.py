@@ -19,13 +19,16 @@ def convolution_floor(
 ) -> float:  # fmt: skip
     """Seconds for forward, grad_input and the weight gradient of `learned` filters, each at its bound.
 
-    Each pass reads its inputs and writes its output once, or multiplies at full rate, whichever takes longer.
+    Each pass reads its inputs and writes its output once, or multiplies at full rate, whichever takes longer. Of the
+    input only what the kernel reaches is read: of a 1x1 convolution with stride 2 a quarter.
     """
     x, w, y = map(math.prod, (input_size, weight_size, output_size))
+    sides = zip(input_size[2:], output_size[2:], weight_size[2:], strict=False)
+    reached = x * math.prod(min(1.0, size * kernel / whole) for whole, size, kernel in sides)
     flops, share = 2 * y * math.prod(weight_size[1:]), learned / weight_size[0]
-    passes = [(x + w + y, flops)] * (1 + input_gradient)
+    passes = [(reached + w + y, flops), *([(x + w + y, flops)] if input_gradient else [])]
     if learned:
-        passes.append((x + share * (y + w), share * flops))
+        passes.append((reached + share * (y + w), share * flops))
     return sum(max(n * itemsize / rate.bytes_per_second, f / rate.flops_per_second) for n, f in passes)
 
 

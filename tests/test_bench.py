@@ -1,10 +1,12 @@
 """The benchmarks' report says what the results say, names what loses, flags what became slower; the README agrees."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,6 +318,11 @@ def test_the_floor_is_bytes_or_operations():
     assert convolution_floor(fast, *sizes, 1, 4, input_gradient=False) == pytest.approx(
         4 * (x + w + y) / 1e6 + 4 * (x + (y + w) / 4) / 1e6
     )
+    # With stride 2, a kernel of one row reaches every second one; the input's gradient is written whole.
+    strided = (2, 3, 8, 8), (4, 3, 1, 2), (2, 4, 4, 4)
+    assert convolution_floor(fast, *strided, 4, 4) == pytest.approx(4 * (2 * x / 2 + x + 3 * (24 + 128)) / 1e6)
+    linear = (5, 7, 3), (4, 3), (5, 7, 4)
+    assert convolution_floor(fast, *linear, 0, 4) == pytest.approx(2 * 4 * (105 + 12 + 140) / 1e6)
 
 
 def test_the_floor_of_a_network_is_the_sum_of_its_layers(monkeypatch: pytest.MonkeyPatch):
@@ -336,6 +343,17 @@ def test_the_floor_of_a_network_is_the_sum_of_its_layers(monkeypatch: pytest.Mon
     assert network_floor(half, images, RATE, 4) == pytest.approx(expected((2, 4), 2))
     half[0].requires_grad_(False)
     assert network_floor(half, images, RATE, 4) == pytest.approx(expected((0, 4), 1))
+
+
+def test_a_lean_step_has_the_floor_of_ours():
+    """Its layers are parts of blocks, which are not called."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3))
+    ours = with_convolutions(copy.deepcopy(plain), WAYS[OURS], 0.5)
+    steps = {PLAIN: plain, f"{OURS} p = 0.5": ours, f"{LEAN} p = 0.5": nn.Identity()}
+    images = torch.randn(2, 3, 8, 8)
+    floors = networks.floors_of({row: SimpleNamespace(model=model) for row, model in steps.items()}, images, RATE, 4)
+    assert floors[f"{LEAN} p = 0.5"] == floors[f"{OURS} p = 0.5"] == network_floor(ours, images, RATE, 4)
+    assert floors[PLAIN] == network_floor(plain, images, RATE, 4) > floors[f"{OURS} p = 0.5"]
 
 
 def test_the_prediction_knows_what_is_planned(monkeypatch: pytest.MonkeyPatch):
