@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from bench.competitors import FROZEN, LEAN, OURS, rivals
 from bench.group import PLAIN, PLAIN_GRADIENTS, WHOLE, Ratio
-from bench.results import Entry, Results, groups
+from bench.results import Entry, Results, Source, groups
 
 PART = 0.1
 """The learned part that the answer is about."""
@@ -27,13 +27,13 @@ def page(results: Results) -> str:
 
 
 def _answer(results: Results) -> str:
-    title = f"# Benchmarks: {results.machine['device']}, {_place(results)}"
+    title = f"# Benchmarks: {results.machine['device']}{_threads(results)}"
     steps = [_Step.of(rows) for _, rows in groups(results.level("step"))]
     at_part = [step for step in steps if step.ours(PART)]
     if not at_part:
         return f"{title}\n\n{_answer_of_layers(results)}"
-    ours = [step.ratio(f"{OURS} p = {PART}") for step in at_part]
-    ceiling = [step.ratio(FROZEN) for step in at_part]
+    ours = [step.time(f"{OURS} p = {PART}") for step in at_part]
+    ceiling = [step.time(FROZEN) for step in at_part]
     lines = [
         f"**With {PART:.0%} of each layer's filters learned, a training step takes {_range(ours)} of `{PLAIN}`'s time"
         + (f" ({statistics.median(ours):.2f} in the median of {len(ours)} networks)" if len(ours) > 1 else "")
@@ -42,7 +42,7 @@ def _answer(results: Results) -> str:
     lean = f"{LEAN} p = {PART}"
     leaner = [share for step in at_part if (share := step.kept_share(lean))]
     if leaner:
-        times = [step.ratio(lean) for step in at_part if lean in step.rows]
+        times = [step.time(lean) for step in at_part if lean in step.rows]
         lines.append(
             f"**With `lean=True` it keeps {_range(leaner)} of the bytes for backward**, and takes {_range(times)} of "
             "the time."
@@ -50,18 +50,23 @@ def _answer(results: Results) -> str:
     trained = [share for step in at_part if (share := step.share("training_bytes", f"{OURS} p = {PART}"))]
     if trained:
         lines.append(f"Gradients and optimizer state need {_range(trained)} of the memory.")
-    others = [best[1] for step in at_part if (best := step.best_other(PART))]
+    others = [step.time(best) for step in at_part if (best := step.best_other(PART))]
     if others:
         lines.append(f"The fastest other way to learn as much takes {_range(others)}.")
-    lines.append(_loss_count(results))
+    lines.append(_standing(results))
     header = ["training step", f"{PLAIN}", *(f"p = {p}" for p in _parts(steps)), "ceiling (p = 0)"]
     header += [f"fastest other way, p = {PART}", f"kept for backward, p = {PART}, lean"]
-    rows = [[step.subject, _time(step.median(PLAIN))] for step in steps]
+    rows = [[step.subject, seconds(step.rows[PLAIN].median)] for step in steps]
     for row, step in zip(rows, steps, strict=True):
-        row += [_cell(step.ratio(f"{OURS} p = {p}")) for p in _parts(steps)]
+        row += [step.cell(f"{OURS} p = {p}") for p in _parts(steps)]
         best, kept = step.best_other(PART), step.kept_share(f"{LEAN} p = {PART}")
-        row += [_cell(step.ratio(FROZEN)), f"{best[1]:.2f} ({best[0]})" if best else "", f"{kept:.2f}" if kept else ""]
-    note = f"Time, and bytes kept, relative to `{PLAIN}`'s; less is better."
+        row += [
+            step.cell(FROZEN),
+            f"{step.cell(best)}, {_way(best, PART)}" if best else "",
+            f"{kept:.2f}" if kept else "",
+        ]
+    note = f"Time, and bytes kept, relative to `{PLAIN}`'s; less is better. ± reaches to the farther end of the 95 % "
+    note += "interval; (in parentheses) where that holds 1: neither was shown to be faster."
     return "\n\n".join([title, " ".join(lines), note, _markdown([header, *rows])])
 
 
@@ -69,11 +74,11 @@ def _answer_of_layers(results: Results) -> str:
     """Where no training step was measured."""
     found = [e for e in results.level("layer") if e.contender == OURS and e.case.get("p") == PART]
     if not found:
-        return _loss_count(results)
+        return _standing(results)
     ours = [entry.ratios[PLAIN].median for entry in found]
     return (
         f"**With {PART:.0%} of its filters learned, forward and backward of a layer take {_range(ours)} of "
-        f"`nn.Conv2d`'s time.** Training steps were not measured. {_loss_count(results)}"
+        f"`nn.Conv2d`'s time.** Training steps were not measured. {_standing(results)}"
     )
 
 
@@ -90,12 +95,12 @@ class _Step(NamedTuple):
     def ours(self, part: float) -> Entry | None:
         return self.rows.get(f"{OURS} p = {part}")
 
-    def median(self, name: str) -> float:
-        return self.rows[name].median
-
-    def ratio(self, name: str) -> float:
-        """NaN where it was not measured."""
+    def time(self, name: str) -> float:
+        """Relative to nn.Conv2d's; NaN where it was not measured."""
         return self.rows[name].ratios[PLAIN].median if name in self.rows else float("nan")
+
+    def cell(self, name: str) -> str:
+        return uncertain(self.rows[name].ratios[PLAIN]) if name in self.rows else ""
 
     def share(self, fact: str, name: str) -> float | None:
         values = [self.rows[n].facts.get(fact) if n in self.rows else None for n in (name, PLAIN)]
@@ -104,12 +109,15 @@ class _Step(NamedTuple):
     def kept_share(self, name: str) -> float | None:
         return self.share("kept_bytes", name)
 
-    def best_other(self, part: float) -> tuple[str, float] | None:
+    def best_other(self, part: float) -> str | None:
         """The fastest of those who do the same, but for nn.Conv2d."""
         name = f"{OURS} p = {part}"
         others = [other for other in rivals(name, self.rows) if other != PLAIN] if name in self.rows else []
-        best = min(others, key=self.ratio, default=None)
-        return None if best is None else (best.removesuffix(f" p = {part}"), self.ratio(best))
+        return min(others, key=self.time, default=None)
+
+
+def _way(name: str, part: float) -> str:
+    return name.removesuffix(f" p = {part}")
 
 
 def _parts(steps: Iterable[_Step]) -> list[float]:
@@ -145,29 +153,44 @@ def _hungry(results: Results) -> list[tuple[Entry, float]]:
     return found
 
 
-def _loss_count(results: Results) -> str:
-    compared = sum(len(entry.rivals) for entry in results.entries)
-    count = len(losses(results))
-    if not count:
-        return f"In none of {compared} comparisons is it slower beyond the interval."
-    return f"It is slower in {count} of {compared} comparisons: [where it loses](#where-it-loses)."
+class Standing(NamedTuple):
+    """How many comparisons of ours with others came out how; undecided where the 95 % interval holds 1."""
+
+    faster: int
+    slower: int
+    undecided: int
+
+
+def standing(entries: Iterable[Entry]) -> Standing:
+    """Of all comparisons of these entries with who does the same in another way."""
+    found = [ratio for entry in entries for ratio in entry.rivals.values()]
+    faster, slower = sum(ratio.high < 1 for ratio in found), sum(ratio.low > 1 for ratio in found)
+    return Standing(faster, slower, len(found) - faster - slower)
+
+
+def _standing(results: Results) -> str:
+    found = standing(results.entries)
+    if not sum(found):
+        return ""
+    return (
+        f"Of {sum(found)} comparisons with others it is faster in {found.faster}, slower in {found.slower} and "
+        f"undecided in {found.undecided}, whose 95 % interval holds 1: [where it loses](#where-it-loses)."
+    )
 
 
 def _losses(results: Results) -> str:
+    levels = [(level, standing(results.level(level))) for level in LEVELS]
+    counts = [[level, *map(str, found)] for level, found in levels if sum(found)]
+    if not counts:
+        return ""
+    parts = ["## Where it loses", "Comparisons with other ways to do the same, by the 95 % interval of the ratio:"]
+    parts.append(_markdown([["", "faster", "slower", "undecided"], *counts]))
     lost, hungry = losses(results), _hungry(results)
-    title = "## Where it loses"
     if not (lost or hungry):
-        return f"{title}\n\nNowhere in these tables, beyond the interval."
+        return "\n\n".join([*parts, "It loses nowhere in these tables, beyond the interval."])
     header = ["level", "case", "contender, and what it is slower than", "time"]
-    rows = [[e.level, ", ".join(e.group[1:]), f"{e.contender}, {rival}", _ratio(r)] for e, rival, r in lost]
-    counts = [
-        f"{sum(loss.entry.level == level for loss in lost)} of {compared} ({level})"
-        for level in LEVELS
-        if (compared := sum(len(entry.rivals) for entry in results.level(level)))
-    ]
-    text = "Slower beyond the 95 % interval than another way to do the same"
-    parts = [title, f"{text}, of the comparisons made: {', '.join(counts)}."] if rows else [title]
-    parts += [_markdown([header, *rows[:LISTED]], words=3)] if rows else []
+    rows = [[e.level, ", ".join(e.group[1:]), f"{e.contender}, {rival}", interval(r)] for e, rival, r in lost]
+    parts += ["Slower:", _markdown([header, *rows[:LISTED]], words=3)] if rows else []
     if rows[LISTED:]:
         parts.append(_details(f"{len(rows) - LISTED} more", _markdown([header, *rows[LISTED:]], words=3)))
     parts += [
@@ -199,7 +222,7 @@ def ceilings(results: Results) -> str:
         speeds = [net[name].ratios[FROZEN] for name in parts]
         rows.append([
             first.subject, str(first.case["batch"]), str(first.facts["stats"]["rounds"]),
-            *(_ratio(Ratio(1 / time.median, 1 / time.high, 1 / time.low)) for time in speeds),
+            *(interval(Ratio(1 / time.median, 1 / time.high, 1 / time.low)) for time in speeds),
         ])  # fmt: skip
     return _markdown([header, *rows])
 
@@ -229,7 +252,7 @@ def _layers(results: Results) -> str:
         others = [by_name[n] for n in rivals(OURS, by_name) if n != PLAIN]
         best = min(others, key=lambda e: e.ratios[PLAIN].median, default=None)
         rows.append([
-            subject, ours.case.get("learned", f"p = {ours.case.get('p')}"), _time(by_name[PLAIN].median),
+            subject, ours.case.get("learned", f"p = {ours.case.get('p')}"), seconds(by_name[PLAIN].median),
             _marked(ours), _cell(by_name[FROZEN].ratios[PLAIN].median if FROZEN in by_name else float("nan")),
             f"{best.ratios[PLAIN].median:.2f} ({best.contender})" if best else "",
             "" if ours.floor_share is None else f"{ours.floor_share:.0%}",
@@ -249,7 +272,7 @@ def _kernels(results: Results) -> str:
             continue
         ours, others = by_name[OURS], [by_name.get(name) for name in compared]
         rows.append([
-            subject, ours.case.get("learned", ""), _time(by_name[WHOLE].median),
+            subject, ours.case.get("learned", ""), seconds(by_name[WHOLE].median),
             *("" if e is None or WHOLE not in e.ratios else _cell(e.ratios[WHOLE].median) for e in others),
             _marked(ours, WHOLE), ours.facts.get("algorithm", ""),
             "" if ours.floor_share is None else f"{ours.floor_share:.0%}",
@@ -278,9 +301,12 @@ def _scaling(results: Results) -> str:
     parts = [
         "## Scaling",
         "![time, kept bytes and bytes sent](scaling.png)",
-        f"One axis at a time. The dashed line is the cost model's prediction for {OURS}: the bytes and multiply-adds "
-        "of forward, input gradient and planned weight gradient at this device's measured rates. It knows nothing of "
-        "the price of a call, so small problems lie above it.",
+        f"One axis at a time. The dashed line is what the cost model predicts for {OURS}, divided by what it predicts "
+        f"for `{PLAIN}`: forward and input gradient at this device's measured rates, and the planned weight gradient "
+        "by the planner's model on a GPU, at the same rates on a CPU. It bounds nothing: the measured ratio lies above "
+        "it where a call's own price counts, as in small problems, and below it where "
+        f"`{PLAIN}` is farther from its rates than {OURS} is. Of kept bytes many lines coincide: one shows through "
+        "the gaps of the next.",
     ]
     if sent:
         header = ["processes", "learned", "gradients MB", "sent MB", "sent by a perfect ring MB"]
@@ -309,19 +335,19 @@ def _memory(results: Results) -> str:
 
 
 def _method(results: Results) -> str:
-    machine, commit = results.machine, results.commit
-    rates = machine["rates"]
+    machine = results.machine
     lines = [
         "## How this was measured",
-        f"Commit {commit['id'][:10]}{' and changes' if commit['dirty'] else ''}; Python {machine['python_version']}, "
-        f"torch {machine['torch']}, {machine['dtype']}, channels_last, {machine['threads']} CPU threads.",
+        f"Python {machine['python_version']}, torch {machine['torch']}, {machine['dtype']}, channels_last, "
+        f"{machine['threads']} CPU threads; the code and the device's measured rates by file of results:",
+        _markdown([["", "commit", "copy, GB/s", "matrix product, GFLOP/s"], *map(_source, results.sources)], words=2),
         "Contenders of a table took turns in one process, round by round, so that drift of the machine hits all alike. "
-        "A ratio is the median over rounds of the ratio within a round, with its 95 % interval from order statistics. "
+        "A ratio is the median over rounds of the ratio within a round, with its 95 % interval from order statistics: "
+        "of twenty such intervals one may miss the true median, so that chance decides a few comparisons. "
         "Outputs and gradients were compared with float64 before anything was timed. What is freed stays with the "
         "process, as with the allocators that PyTorch's tuning guide advises.",
-        f"The floor is made of what this device was measured to do: a copy moves "
-        f"{rates['bytes_per_second'] / 1e9:.3g} GB/s, a matrix product computes {rates['flops_per_second'] / 1e9:.4g} "
-        "GFLOP/s. Each pass reads and writes each operand once or multiplies at that rate, whichever takes longer.",
+        "The floor is made of the rates above, those of the same file: each pass reads and writes each operand once or "
+        "multiplies at that rate, whichever takes longer." + _beyond_the_floor(results),
         "Bytes kept for backward: of a training step what the allocator holds between forward and backward, "
         "checkpointing included; of a layer what autograd saves. Parameters do not count.",
         f"`{FROZEN}` learns no filter: the ceiling of what any weight gradient can reach. LoRA learns other weights, "
@@ -332,6 +358,24 @@ def _method(results: Results) -> str:
     if tested:
         lines.append(f"Tested before: {'; '.join(dict.fromkeys(tested))}.")
     return "\n\n".join(lines)
+
+
+def _source(source: Source) -> list[str]:
+    commit, rates = source.commit, source.rates or {}
+    text = "not recorded" if commit is None else commit["id"][:10] + (" and changes" if commit["dirty"] else "")
+    speeds = [rates.get(key) for key in ("bytes_per_second", "flops_per_second")]
+    return [source.name, text, *("" if speed is None else f"{speed / 1e9:.4g}" for speed in speeds)]
+
+
+def _beyond_the_floor(results: Results) -> str:
+    shares = [entry.floor_share for entry in results.entries if entry.floor_share is not None]
+    beyond = sum(share > 1 for share in shares)
+    if not beyond:
+        return ""
+    return (
+        f" {beyond} of {len(shares)} shares exceed 100%, the highest is {max(shares):.0%}: caches hold small operands "
+        "and move them faster than the large copy that was measured, and the device's speed drifts."
+    )
 
 
 def _level(results: Results, level: str, title: str, picture: str | None, text: str) -> str:
@@ -352,8 +396,8 @@ def table(entries: Sequence[Entry]) -> str:
     header = ["", "median", "IQR", *(f"time of {other}'s" for other in others), *phases]
     lines = [[*header, *(extra.title for extra in extras)]]
     for entry in entries:
-        line = [entry.contender, _time(entry.median), _time(entry.iqr)]
-        line += [_ratio(entry.ratios[other]) for other in others]
+        line = [entry.contender, seconds(entry.median), seconds(entry.iqr)]
+        line += [interval(entry.ratios[other]) for other in others]
         line += [f"{entry.phases[phase].median:.2f}" for phase in phases]
         line += [extra.of(entry) for extra in extras]
         if loses(entry):
@@ -383,7 +427,7 @@ EXTRAS = (
     _Extra("peak MB", _megabytes("peak_bytes")),
     _Extra("gradients + optimizer MB", _megabytes("training_bytes")),
     _Extra("of the floor's speed", lambda entry: "" if entry.floor_share is None else f"{entry.floor_share:.0%}"),
-    _Extra("predicted", lambda entry: "" if entry.predicted is None else _time(entry.predicted)),
+    _Extra("predicted", lambda entry: "" if entry.predicted is None else seconds(entry.predicted)),
 )
 
 
@@ -398,9 +442,10 @@ def _details(summary: str, text: str) -> str:
     return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-def _place(results: Results) -> str:
+def _threads(results: Results) -> str:
+    """Of a CPU, on which float32 is measured."""
     machine = results.machine
-    return "" if machine["dtype"] != "float32" else f"{machine['threads']} CPU threads"
+    return f", {machine['threads']} CPU threads" if machine["dtype"] == "float32" else ""
 
 
 def _range(values: Sequence[float]) -> str:
@@ -424,9 +469,17 @@ def _plain_cell(value: Any) -> str:
     return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+def seconds(value: float) -> str:
+    """For a cell."""
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
-def _ratio(value: Ratio) -> str:
+def uncertain(value: Ratio) -> str:
+    """For a cell: the median, how far the interval reaches to its farther end, parentheses where that holds 1."""
+    reach = max(value.median - value.low, value.high - value.median)
+    text = f"{value.median:.2f} ±{f'{reach:.2f}'.removeprefix('0')}"
+    return f"({text})" if value.low <= 1 <= value.high else text
+
+
+def interval(value: Ratio) -> str:
     return f"{value.median:.2f} [{value.low:.2f}, {value.high:.2f}]"

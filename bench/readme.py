@@ -1,7 +1,7 @@
 """The README's tables and pictures, from the committed results: `python -m bench.readme`; `--check` only compares.
 
 A block `<!-- results: NAME -->` ... `<!-- end -->` of the README is replaced by what BLOCKS makes of the results. A
-picture carries the fingerprint of the results it was drawn from.
+picture carries the fingerprint of the results that it shows and of the code that drew it.
 """
 
 from __future__ import annotations
@@ -13,43 +13,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from bench.competitors import OURS
 from bench.group import PLAIN
-from bench.page import ceilings, page
-from bench.pictures import FINGERPRINT, draw_demo, draw_layers, draw_scaling, draw_steps
+from bench.page import ceilings, interval, page, seconds, uncertain
+from bench.pictures import draw, outdated
 from bench.results import Entry, Results, groups, load
-from rwn_ext.paper import demo
+from rwn_ext.paper import demo, drawing
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results" / "cpu-2-cores"
-PICTURES = {"demo.png": draw_demo, "steps.png": draw_steps, "layers.png": draw_layers, "scaling.png": draw_scaling}
-
-
-def pictured(results: Results) -> dict[str, Callable[[Results, Path], None]]:
-    """The pictures of which there are results."""
-    levels = {"step": "steps.png", "layer": "layers.png", "scaling": "scaling.png"}
-    names = [name for level, name in levels.items() if results.level(level)]
-    return {name: PICTURES[name] for name in [*(["demo.png"] if results.demo else []), *names]}
+AGAIN = f"{PLAIN} again"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if anything differs")
-    results, text = load(RESULTS), README.read_text()
+    results = load(RESULTS)
     if parser.parse_args(arguments).check:
-        old = [] if filled(text, results) == text else [README.name]
-        report = RESULTS / "report.md"
-        old += [] if report.exists() and report.read_text() == page(results) else [report.name]
-        old += [name for name in pictured(results) if fingerprint(RESULTS / name) != results.fingerprint]
+        old = [path.name for path, text in texts(results).items() if not path.exists() or path.read_text() != text]
+        old += outdated(results, RESULTS)
         print("\n".join(f"{name} is not what the results say; run python -m bench.readme" for name in old))
         return int(bool(old))
-    README.write_text(filled(text, results))
-    for name, draw in pictured(results).items():
-        draw(results, RESULTS / name)
-    (RESULTS / "report.md").write_text(page(results))
+    for path, text in texts(results).items():
+        path.write_text(text)
+    draw(results, RESULTS)
     return 0
+
+
+def texts(results: Results) -> dict[Path, str]:
+    """What is written, but for the pictures: the README, the report, the pages of the paper's figures."""
+    figures = {RESULTS / "paper" / name / "figure.md": drawing.page(shown) for name, shown in results.paper.items()}
+    return {README: filled(README.read_text(), results), RESULTS / "report.md": page(results), **figures}
 
 
 def filled(text: str, results: Results) -> str:
@@ -61,28 +56,40 @@ def filled(text: str, results: Results) -> str:
     return re.sub(r"(<!-- results: (\w+) -->).*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
-def fingerprint(picture: Path) -> str | None:
-    """Of the results that the picture was drawn from."""
-    if not picture.exists():
-        return None
-    with Image.open(picture) as image:
-        return image.info.get(FINGERPRINT)
-
-
 def _demo(results: Results) -> str:
     assert results.demo is not None
     return demo.markdown(results.demo)
 
 
 def _steps(results: Results) -> str:
-    """Medians of the ratios to nn.Conv2d: a row for each contender, a column for each network."""
-    columns = {subject: {e.contender: e for e in rows} for (_, subject, _), rows in groups(results.level("step"))}
-    contenders = list(dict.fromkeys(name for rows in columns.values() for name in rows))
+    """Ratios to nn.Conv2d's time: a row for each contender, a column for each network."""
+    entries = results.level("step")
+    columns = {subject: {e.contender: e for e in rows} for (_, subject, _), rows in groups(entries)}
+    contenders = list(dict.fromkeys(entry.contender for entry in entries))
     lines = [["training step, time of `nn.Conv2d`'s", *columns], ["---", *["---:"] * len(columns)]]
     lines += [[name, *(_cell(rows.get(name)) for rows in columns.values())] for name in contenders]
-    machine = results.machine
-    caption = f"{machine['dtype']}, channels_last, {machine['threads']} CPU threads, torch {machine['torch']}"
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_caption(results, entries)}"
+
+
+def _caption(results: Results, entries: Sequence[Entry]) -> str:
+    """How to read the cells, and what was measured on what."""
+    machine, rounds = results.machine, [entry.facts["stats"]["rounds"] for entry in entries]
+    text = f"Medians over {min(rounds)} to {max(rounds)} rounds; ± reaches to the farther end of the 95 % interval. "
+    text += "(In parentheses) where that holds 1: neither was shown to be faster. "
+    if any(entry.contender == AGAIN for entry in entries):
+        text += f"`{AGAIN}` is the same network once more, so what it shows is noise. "
+    return text + f"{machine['dtype']}, channels_last, {machine['threads']} CPU threads, torch {machine['torch']}."
+
+
+def _calls(results: Results) -> str:
+    """What the smallest layers cost, as an item of the list of what is not done yet."""
+    ours = [entry for entry in results.level("call") if entry.contender == OURS]
+    cases = " and ".join(f"{interval(entry.ratios[PLAIN])} ({entry.subject})" for entry in ours)
+    return (
+        f"* A call has its price: forward and backward of a layer so small that nothing else counts take {cases} of "
+        f"`{PLAIN}`'s time (median and 95 % interval), more for scattered filters. Networks of many small layers feel "
+        f"it: see MobileNetV2 in the [report]({(RESULTS / 'report.md').relative_to(ROOT)})."
+    )
 
 
 def _memory(results: Results) -> str:
@@ -103,11 +110,13 @@ def _shares(row: dict[str, Any]) -> list[str]:
 
 
 def _cell(entry: Entry | None) -> str:
-    return "" if entry is None else f"{entry.ratios[PLAIN].median:.2f}"
+    if entry is None:
+        return ""
+    return seconds(entry.median) if entry.contender == PLAIN else uncertain(entry.ratios[PLAIN])
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    "demo": _demo, "steps": _steps, "ceiling": ceilings, "memory": _memory,
+    "demo": _demo, "steps": _steps, "ceiling": ceilings, "memory": _memory, "calls": _calls,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.competitors import FROZEN, OURS
 from bench.group import Ratio
-from bench.page import page
-from bench.pictures import draw_layers, draw_scaling, draw_steps
+from bench.page import interval, page
+from bench.pictures import draw
 from bench.results import Entry, Results, ResultsError, load
 
 REGRESSION = 1.05
@@ -31,13 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.against is not None:
             old = load(options.against)
             found = regressions(results, old)
-            print("\n".join([*found, *notes(results, old)]) or "nothing became slower or keeps more")
+            print("\n".join([*(found or ["nothing became slower or keeps more"]), *notes(results, old)]))
             return int(bool(found))
     except ResultsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, picture in (("steps.png", draw_steps), ("layers.png", draw_layers), ("scaling.png", draw_scaling)):
-        picture(results, options.folder / name)
+    draw(results, options.folder)
     path = options.folder / "report.md"
     path.write_text(page(results))
     print(path)
@@ -51,14 +51,24 @@ def regressions(new: Results, old: Results) -> list[str]:
     """
     lines = []
     for entry, earlier in _pairs(new, old):
-        for reference in list(entry.ratios)[:1]:
-            now, then = entry.ratios[reference], earlier.ratios.get(reference)
-            if then is not None and now.median > REGRESSION * then.median and now.low > then.high:
-                lines.append(f"{_name(entry)} {_ratio(then)} -> {_ratio(now)} of {reference}'s time")
-        kept, before = entry.kept_bytes, earlier.kept_bytes
-        if kept is not None and before is not None and kept > REGRESSION * before:
-            lines.append(f"{_name(entry)} keeps {before / 1e6:.2f} -> {kept / 1e6:.2f} MB for backward")
+        for reference, then, now in _times(entry, earlier):
+            if _slower(then, now):
+                lines.append(f"{_name(entry)} {interval(then)} -> {interval(now)} of {reference}'s time")
+        for fact, words in BYTES.items():
+            before, after = earlier.facts.get(fact), entry.facts.get(fact)
+            if before is not None and after is not None and after > REGRESSION * before:
+                lines.append(f"{_name(entry)} {words.format(f'{before / 1e6:.2f} -> {after / 1e6:.2f} MB')}")
+    for case, (then, now) in _memory_pairs(new, old).items():
+        for measure in ("process", "allocator"):
+            if now[measure] > REGRESSION * then[measure]:
+                lines.append(f"memory, {case}: {then[measure]:.3f} -> {now[measure]:.3f} of plain's, by the {measure}")
     return lines
+
+
+BYTES = {
+    "kept_bytes": "keeps {} for backward", "peak_bytes": "needs {} at the peak",
+    "training_bytes": "needs {} for gradients and optimizer",
+}  # fmt: skip
 
 
 def notes(new: Results, old: Results) -> list[str]:
@@ -68,10 +78,30 @@ def notes(new: Results, old: Results) -> list[str]:
         now, then = new.machine.get(fact), old.machine.get(fact)
         if now != then:
             found.append(f"note: {fact} was {then}, is {now}")
-    compared, ours = sum(1 for _ in _pairs(new, old)), [entry for entry in old.entries if _is_ours(entry)]
-    if compared < len(ours):
-        found.append(f"note: {len(ours) - compared} of {len(ours)} earlier measurements have no counterpart")
+    compared = len(_pairs(new, old)) + len(_memory_pairs(new, old))
+    earlier = len([entry for entry in old.entries if _is_ours(entry)]) + len(_memory_cases(old))
+    if compared < earlier:
+        found.append(f"note: {earlier - compared} of {earlier} earlier measurements have no counterpart")
+    times = [(then, now) for pair in _pairs(new, old) for _, then, now in _times(*pair)]
+    blind = sum(not _slower(then, now) and _undecidable(then, now) for then, now in times)
+    if blind:
+        found.append(f"note: {blind} of {len(times)} times vary too much to show 5 % more")
     return found
+
+
+def _times(entry: Entry, earlier: Entry) -> list[tuple[str, Ratio, Ratio]]:
+    """What time is relative to, then and now."""
+    return [(other, earlier.ratios[other], entry.ratios[other]) for other in list(entry.ratios)[:1]
+            if other in earlier.ratios]  # fmt: skip
+
+
+def _slower(then: Ratio, now: Ratio) -> bool:
+    return now.median > REGRESSION * then.median and now.low > then.high
+
+
+def _undecidable(then: Ratio, now: Ratio) -> bool:
+    """Whether the intervals are so wide that they would still meet if it took 5 % more."""
+    return REGRESSION * now.low / now.median <= then.high / then.median
 
 
 def _pairs(new: Results, old: Results) -> list[tuple[Entry, Entry]]:
@@ -80,16 +110,22 @@ def _pairs(new: Results, old: Results) -> list[tuple[Entry, Entry]]:
     return [(e, before[e.group, e.contender]) for e in ours if (e.group, e.contender) in before]
 
 
+def _memory_pairs(new: Results, old: Results) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """What `python -m bench.memory` found then and now, by case."""
+    then, now = _memory_cases(old), _memory_cases(new)
+    return {case: (then[case], now[case]) for case in then if case in now}
+
+
+def _memory_cases(results: Results) -> dict[str, dict[str, Any]]:
+    return {} if results.memory is None else {row["case"]: row for row in results.memory["cases"]}
+
+
 def _is_ours(entry: Entry) -> bool:
     return OURS in entry.contender or FROZEN in entry.contender
 
 
 def _name(entry: Entry) -> str:
     return f"{', '.join(entry.group)}: {entry.contender}"
-
-
-def _ratio(value: Ratio) -> str:
-    return f"{value.median:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
 if __name__ == "__main__":

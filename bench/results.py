@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,20 +41,28 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A file of results: the commit of the code that was measured and the device's rates, where it says them."""
+
+    name: str
+    commit: dict[str, Any] | None
+    rates: dict[str, float] | None
+
+
+@dataclass(frozen=True)
 class Results:
     """All entries of a folder, in the order of their files, and what they were measured on."""
 
-    folder: Path
     machine: dict[str, Any]
-    commit: dict[str, Any]
+    sources: tuple[Source, ...]
     entries: tuple[Entry, ...]
     demo: dict[str, Any] | None
     memory: dict[str, Any] | None
     """What `python -m bench.memory` found."""
+    paper: dict[str, dict[str, Any]]
+    """The paper's figures by folder, as `python -m rwn_ext.paper reproduce` wrote them."""
     tests: tuple[dict[str, Any], ...]
     """What was tested before, by file."""
-    fingerprint: str
-    """Of the files' contents."""
 
     def level(self, level: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.level == level]
@@ -76,13 +83,13 @@ def load(folder: Path) -> Results:
     if len(machines) > 1:
         raise ResultsError(f"the files of {folder} are of different machines or versions; measure them together")
     entries = [_entry(path, raw) for path, content in contents for raw in content["benchmarks"]]
-    sources = [*files, *([demo] if demo.exists() else [])]
+    others = {path: read(path) for path in (memory, demo) if path.exists()}
     _, newest = max(contents, key=lambda pair: pair[1]["datetime"])
     return Results(
-        folder, newest["machine_info"], newest["commit_info"], tuple(entries), read(demo) if demo.exists() else None,
-        read(memory) if memory.exists() else None,
+        newest["machine_info"], tuple(_source(path, content) for path, content in [*contents, *others.items()]),
+        tuple(entries), others.get(demo), others.get(memory),
+        {path.parent.name: read(path) for path in sorted(folder.glob("paper/*/results.json"))},
         tuple(content["tests"] for _, content in contents if "tests" in content),
-        hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     )  # fmt: skip
 
 
@@ -98,6 +105,10 @@ def read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path} cannot be read ({error}); remove it, or measure again") from None
+
+
+def _source(path: Path, content: dict[str, Any]) -> Source:
+    return Source(path.name, content.get("commit_info"), content.get("machine_info", {}).get("rates"))
 
 
 def _entry(path: Path, raw: dict[str, Any]) -> Entry:

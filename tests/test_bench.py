@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from bench import machine, networks, readme, report, turns, wire
+from bench import machine, networks, pictures, readme, report, turns, wire
 from bench.competitors import CHECKPOINTED, FROZEN, LEAN, LORA, OTHERS, OURS, PLAIN, WAYS, rivals, with_convolutions
 from bench.floors import convolution_floor, network_floor, predicted
-from bench.group import WHOLE, Group, ratio
+from bench.group import WHOLE, Group, Ratio, ratio
 from bench.networks import Step, checkpointed
 from bench.oracle import LayerOracle, NetworkOracle, WrongResultError
-from bench.page import page
+from bench.page import page, uncertain
 from bench.rates import Rates
 from bench.results import Results, ResultsError, load
 from bench.turns import FEWEST, Effort, in_turns
@@ -79,15 +79,58 @@ def test_a_ratio_is_taken_within_rounds_and_its_interval_holds_most_of_them():
 def test_page_marks_what_loses(tmp_path):
     folder = written(tmp_path / "new", {PLAIN: steady(1.0), OURS: steady(1.2), "sliced aten": steady(1.1)})
     text = page(load(folder))
-    assert "It is slower in 2 of 2 comparisons" in text
+    assert "Of 2 comparisons with others it is faster in 0, slower in 2 and undecided in 0" in text
     assert "| layer | a layer, p 0.1 | rwn_ext, nn.Conv2d | 1.20 [1.20, 1.20] |" in text
     assert "| layer | a layer, p 0.1 | rwn_ext, sliced aten | 1.09 [1.09, 1.09] |" in text
-    assert "of the comparisons made: 2 of 2 (layer)." in text
+    assert "| layer | 0 | 2 | 0 |" in text
     assert "**rwn_ext** (loses)" in text and "sliced aten, " not in text
-    assert "| 2.00 |" in text and "20 GB/s" in text and "cccccccccc" in text
+    assert "| 2.00 |" in text and "| bench.json | cccccccccc | 20 | 100 |" in text
     assert "Tested before: tests/test_some.py (passed)." in text
     winning = written(tmp_path / "winning", {PLAIN: steady(1.0), OURS: steady(0.8), "sliced aten": steady(0.9)})
-    assert "In none of 2 comparisons" in page(load(winning)) and "(loses)" not in page(load(winning))
+    assert "faster in 2, slower in 0" in page(load(winning)) and "(loses)" not in page(load(winning))
+    assert "It loses nowhere" in page(load(winning))
+
+
+def test_what_the_noise_hides_is_undecided(tmp_path):
+    noisy = [0.7, 0.8, 0.9, 0.9, 0.9, 1.1, 1.2, 1.3, 1.4]
+    text = page(load(written(tmp_path, {PLAIN: [1.0] * 9, OURS: noisy, "sliced aten": steady(3.0)})))
+    assert "Of 2 comparisons with others it is faster in 1, slower in 0 and undecided in 1" in text
+    assert "| layer | 1 | 0 | 1 |" in text and "(loses)" not in text
+
+
+def test_a_cell_says_how_sure_it_is():
+    assert uncertain(Ratio(0.6, 0.55, 0.61)) == "0.60 ±.05"
+    assert uncertain(Ratio(0.94, 0.8, 1.1)) == "(0.94 ±.16)"
+    assert uncertain(Ratio(2.5, 1.2, 3.75)) == "2.50 ±1.30"
+
+
+def test_the_title_names_the_device(tmp_path):
+    rounds = {PLAIN: steady(1.0), OURS: steady(0.8)}
+    assert page(load(written(tmp_path, rounds))).splitlines()[0] == "# Benchmarks: some CPU, 2 CPU threads"
+    gpu = load(written(tmp_path, rounds, device="some GPU", dtype="bfloat16"))
+    assert page(gpu).splitlines()[0] == "# Benchmarks: some GPU"
+
+
+def test_every_file_has_its_commit_and_rates(tmp_path):
+    folder = written(tmp_path, {PLAIN: steady(1.0)})
+    newer = json.loads((folder / "bench.json").read_text())
+    newer["commit_info"] = {"id": "d" * 40, "dirty": True}
+    newer["machine_info"]["rates"]["bytes_per_second"] = 3e10
+    (folder / "more.json").write_text(json.dumps(newer))
+    (folder / "memory.json").write_text(json.dumps({"commit_info": {"id": "e" * 40, "dirty": False}}))
+    text = page(load(folder))
+    assert (
+        "| bench.json | cccccccccc | 20 | 100 |" in text and "| more.json | dddddddddd and changes | 30 | 100 |" in text
+    )
+    assert "| memory.json | eeeeeeeeee |  |  |" in text
+
+
+def test_more_than_the_floor_s_speed_is_explained(tmp_path):
+    def text(seconds: float) -> str:
+        group = Group("layer", "a layer", {"p": 0.1}, {PLAIN: [1.0] * 9}, floor={PLAIN: seconds})
+        return page(load(saved(tmp_path, group)))
+
+    assert "1 of 1 shares exceed 100%, the highest is 125%" in text(1.25) and "exceed" not in text(0.8)
 
 
 def test_what_keeps_more_than_plain_is_named(tmp_path):
@@ -112,8 +155,8 @@ def test_the_answer_comes_first(tmp_path):
     assert "keeps 0.30 to 0.50 of the bytes for backward**, and takes 0.90 of the time" in answer
     assert "Gradients and optimizer state need 0.25 of the memory." in answer
     # net b loses to sliced aten, and so does the lean model of either; LoRA is not the fastest.
-    assert "| net b | 1 ms | 0.80 | 0.50 | 0.70 (sliced aten) | 0.30 |" in answer
-    assert "slower in 3 of 12 comparisons" in answer
+    assert "| net b | 1 ms | 0.80 ±.00 | 0.50 ±.00 | 0.70 ±.00, sliced aten | 0.30 |" in answer
+    assert "Of 12 comparisons with others it is faster in 9, slower in 3 and undecided in 0" in answer
 
 
 def test_rivals_do_the_same():
@@ -147,7 +190,44 @@ def test_report_writes_the_page_and_its_pictures(tmp_path, capsys):
     folder = written(tmp_path / "new", {PLAIN: steady(1.0), "rwn_ext": steady(0.9)})
     assert report.main([str(folder)]) == 0
     assert (folder / "report.md").read_text().startswith("# Benchmarks: some CPU")
-    assert readme.fingerprint(folder / "layers.png") == load(folder).fingerprint
+    assert pictures.outdated(load(folder), folder) == []
+
+
+def test_a_picture_is_of_its_results_and_its_code(tmp_path):
+    folder = written(tmp_path / "new", {PLAIN: steady(1.0), OURS: steady(0.9)})
+    results = load(folder)
+    assert pictures.outdated(results, folder) == ["layers.png"]
+    pictures.draw(results, folder)
+    assert pictures.outdated(results, folder) == []
+    assert pictures.outdated(load(written(folder, {PLAIN: steady(1.0), OURS: steady(0.8)})), folder) == ["layers.png"]
+    code = tmp_path / "code.py"
+    code.write_text("old")
+    picture = pictures.Picture(results.entries, pictures.layers, str(code))
+    before = picture.fingerprint
+    code.write_text("new")
+    assert picture.fingerprint != before
+
+
+def test_every_way_looks_its_own(tmp_path):
+    names = [*WAYS, LEAN, CHECKPOINTED, "frozen nn.Conv2d", "another way p = 0.1", "memsave_torch, all frozen"]
+    found = pictures.looks(names)
+    assert len({look.color for look in found.values()}) == len(found) == len(names)
+    alike = (PLAIN, f"{PLAIN} again", f"compiled {PLAIN}", f"captured {PLAIN}")
+    assert pictures.looks(alike).keys() == pictures.looks([PLAIN]).keys()
+
+
+def test_pictures_take_what_was_measured(tmp_path):
+    """Few points, contenders that are new, bytes that nothing keeps: a picture all the same."""
+    rounds = {PLAIN: steady(1.0), f"compiled {PLAIN}": steady(0.9), "another way": steady(0.7), OURS: steady(0.8)}
+    kept = {PLAIN: 100, "another way": 0, OURS: 100}
+    groups = [Group("scaling", "batch", {"batch": n}, rounds, kept=kept, predicted=dict.fromkeys(rounds, 1.0))
+              for n in (4, 8)]  # fmt: skip
+    groups += [Group("step", "a net", {}, rounds), Group("layer", "a layer", {"p": 0.1}, rounds)]
+    sent = {"subject": "DDP", "case": {"net": "a net", "processes": 2, "p": 0.1}, "sent_bytes": 11, "ring_bytes": 10}
+    wire_group = Group("scaling", "DDP", {}, {OURS: [1.0] * 9}, (), more={OURS: sent | {"gradient_bytes": 10}})
+    folder = saved(tmp_path, *groups, wire_group)
+    assert report.main([str(folder)]) == 0
+    assert sorted(path.name for path in folder.glob("*.png")) == ["layers.png", "scaling.png", "steps.png"]
 
 
 @pytest.mark.parametrize(("now", "lines"), [(0.7, 1), (0.52, 0), (0.4, 0)])
@@ -187,6 +267,38 @@ def test_kernels_and_bytes_regress_too(tmp_path, capsys):
     ]  # fmt: skip
     assert report.main([str(tmp_path / "fewer"), "--against", str(tmp_path / "old")]) == 0
     assert "no counterpart" in capsys.readouterr().out
+
+
+def test_all_bytes_regress_too(tmp_path):
+    def results(name: str, more: float) -> Results:
+        rounds = {PLAIN: steady(1.0), f"{OURS} p = 0.1": steady(0.5)}
+        facts = {"peak_bytes": 2e6 * more, "training_bytes": 1e6 * more}
+        folder = saved(tmp_path / name, Group("step", "a net", {}, rounds, more=dict.fromkeys(rounds, facts)))
+        cases = [
+            {"case": "a case", "process": 0.5 * more, "allocator": 0.4},
+            {"case": name, "process": 1, "allocator": 1},
+        ]
+        (folder / "memory.json").write_text(json.dumps({"cases": cases, "text": ""}))
+        return load(folder)
+
+    assert report.regressions(results("new", 1.04), results("old", 1)) == []
+    assert report.regressions(results("new", 1.1), results("old", 1)) == [
+        "step, a net, : rwn_ext p = 0.1 needs 2.00 -> 2.20 MB at the peak",
+        "step, a net, : rwn_ext p = 0.1 needs 1.00 -> 1.10 MB for gradients and optimizer",
+        "memory, a case: 0.500 -> 0.550 of plain's, by the process",
+    ]
+    assert report.notes(results("new", 1), results("old", 1)) == [
+        "note: 1 of 3 earlier measurements have no counterpart"
+    ]  # fmt: skip
+
+
+def test_what_noise_would_hide_is_counted(tmp_path, capsys):
+    noisy = [0.4, 0.9, 0.5, 0.8, 0.5, 0.7, 0.9, 0.4, 0.7]
+    old = written(tmp_path / "old", {PLAIN: [1.0] * 9, OURS: [0.5] * 9, FROZEN: noisy})
+    new = written(tmp_path / "new", {PLAIN: [1.0] * 9, OURS: [0.5] * 9, FROZEN: noisy})
+    assert report.main([str(new), "--against", str(old)]) == 0
+    said = "nothing became slower or keeps more\nnote: 1 of 2 times vary too much to show 5 % more\n"
+    assert capsys.readouterr().out == said
 
 
 def test_folders_that_hold_no_results_are_named(tmp_path, capsys):
