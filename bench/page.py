@@ -13,6 +13,10 @@ from bench.results import Entry, Results, Source, groups
 PART = 0.1
 """The learned part that the answer is about."""
 LISTED = 12
+CELLS = (
+    "± reaches to the farther end of the 95 % interval; (in parentheses) where that holds 1: neither was shown to be "
+    "faster."
+)
 MORE_MEMORY = 1.02
 """Keeping more than this share of what nn.Conv2d keeps is a loss."""
 
@@ -65,8 +69,7 @@ def _answer(results: Results) -> str:
             f"{step.cell(best)}, {_way(best, PART)}" if best else "",
             f"{kept:.2f}" if kept else "",
         ]
-    note = f"Time, and bytes kept, relative to `{PLAIN}`'s; less is better. ± reaches to the farther end of the 95 % "
-    note += "interval; (in parentheses) where that holds 1: neither was shown to be faster."
+    note = f"Time, and bytes kept, relative to `{PLAIN}`'s; less is better. {CELLS}"
     return "\n\n".join([title, " ".join(lines), note, _markdown([header, *rows])])
 
 
@@ -100,7 +103,7 @@ class _Step(NamedTuple):
         return self.rows[name].ratios[PLAIN].median if name in self.rows else float("nan")
 
     def cell(self, name: str) -> str:
-        return uncertain(self.rows[name].ratios[PLAIN]) if name in self.rows else ""
+        return _cell(self.rows.get(name))
 
     def share(self, fact: str, name: str) -> float | None:
         values = [self.rows[n].facts.get(fact) if n in self.rows else None for n in (name, PLAIN)]
@@ -253,11 +256,10 @@ def _layers(results: Results) -> str:
         best = min(others, key=lambda e: e.ratios[PLAIN].median, default=None)
         rows.append([
             subject, ours.case.get("learned", f"p = {ours.case.get('p')}"), seconds(by_name[PLAIN].median),
-            _marked(ours), _cell(by_name[FROZEN].ratios[PLAIN].median if FROZEN in by_name else float("nan")),
-            f"{best.ratios[PLAIN].median:.2f} ({best.contender})" if best else "",
+            _marked(ours), _cell(by_name.get(FROZEN)), f"{_cell(best)}, {best.contender}" if best else "",
             "" if ours.floor_share is None else f"{ours.floor_share:.0%}",
         ])  # fmt: skip
-    text = f"Times relative to `{PLAIN}`'s.\n\n{_markdown([header, *rows])}" if rows else ""
+    text = f"Times relative to `{PLAIN}`'s. {CELLS}\n\n{_markdown([header, *rows])}" if rows else ""
     return _level(results, "layer", "Layers, forward + backward", "layers.png", text)
 
 
@@ -273,21 +275,21 @@ def _kernels(results: Results) -> str:
         ours, others = by_name[OURS], [by_name.get(name) for name in compared]
         rows.append([
             subject, ours.case.get("learned", ""), seconds(by_name[WHOLE].median),
-            *("" if e is None or WHOLE not in e.ratios else _cell(e.ratios[WHOLE].median) for e in others),
+            *(_cell(other, WHOLE) for other in others),
             _marked(ours, WHOLE), ours.facts.get("algorithm", ""),
             "" if ours.floor_share is None else f"{ours.floor_share:.0%}",
         ])  # fmt: skip
-    text = f"Times relative to the library's whole gradient.\n\n{_markdown([header, *rows])}" if rows else ""
+    text = f"Times relative to the library's whole gradient. {CELLS}\n\n{_markdown([header, *rows])}" if rows else ""
     return _level(results, "kernel", "Weight gradients alone", None, text)
 
 
 def _calls(results: Results) -> str:
     text = "An eager forward and backward of a layer so small that nothing but the call counts, relative to "
-    text += f"`{PLAIN}`'s."
+    text += f"`{PLAIN}`'s. {CELLS}"
     by_size = [{e.contender: e for e in rows} for _, rows in groups(results.level("call"))]
     names = list(dict.fromkeys(name for rows in by_size for name in rows))
     header = ["", *(next(iter(rows.values())).subject for rows in by_size)]
-    rows = [[name, *(_marked(found[name]) if name in found else "" for found in by_size)] for name in names]
+    rows = [[name, *(_marked(found.get(name)) for found in by_size)] for name in names]
     text += f"\n\n{_markdown([header, *rows])}"
     return _level(results, "call", "What a call costs, one thread", None, text)
 
@@ -453,16 +455,13 @@ def _range(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _cell(value: float) -> str:
-    return "" if value != value else f"{value:.2f}"
+def _cell(entry: Entry | None, reference: str = PLAIN) -> str:
+    return "" if entry is None or reference not in entry.ratios else uncertain(entry.ratios[reference])
 
 
-def _marked(entry: Entry, reference: str = PLAIN) -> str:
-    return (
-        f"**{_cell(entry.ratios[reference].median)}** (loses)"
-        if loses(entry)
-        else _cell(entry.ratios[reference].median)
-    )
+def _marked(entry: Entry | None, reference: str = PLAIN) -> str:
+    cell = _cell(entry, reference)
+    return f"**{cell}** (loses)" if entry is not None and loses(entry) else cell
 
 
 def _plain_cell(value: Any) -> str:
@@ -475,7 +474,12 @@ def seconds(value: float) -> str:
 
 
 def uncertain(value: Ratio) -> str:
-    """For a cell: the median, how far the interval reaches to its farther end, parentheses where that holds 1."""
+    """For a cell: the median, how far the interval reaches to its farther end, parentheses where that holds 1.
+
+    What is compared with itself is 1.
+    """
+    if value.low == value.high == 1:
+        return "1.00"
     reach = max(value.median - value.low, value.high - value.median)
     text = f"{value.median:.2f} ±{f'{reach:.2f}'.removeprefix('0')}"
     return f"({text})" if value.low <= 1 <= value.high else text

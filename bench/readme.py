@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.competitors import OURS
 from bench.group import PLAIN
-from bench.page import ceilings, interval, page, seconds, uncertain
+from bench.page import CELLS, ceilings, interval, page, seconds, uncertain
 from bench.pictures import draw, outdated
 from bench.results import Entry, Results, groups, load
 from rwn_ext.paper import demo, drawing
@@ -74,8 +74,7 @@ def _steps(results: Results) -> str:
 def _caption(results: Results, entries: Sequence[Entry]) -> str:
     """How to read the cells, and what was measured on what."""
     machine, rounds = results.machine, [entry.facts["stats"]["rounds"] for entry in entries]
-    text = f"Medians over {min(rounds)} to {max(rounds)} rounds; ± reaches to the farther end of the 95 % interval. "
-    text += "(In parentheses) where that holds 1: neither was shown to be faster. "
+    text = f"Medians over {min(rounds)} to {max(rounds)} rounds. {CELLS} "
     if any(entry.contender == AGAIN for entry in entries):
         text += f"`{AGAIN}` is the same network once more, so what it shows is noise. "
     return text + f"{machine['dtype']}, channels_last, {machine['threads']} CPU threads, torch {machine['torch']}."
@@ -84,7 +83,7 @@ def _caption(results: Results, entries: Sequence[Entry]) -> str:
 def _calls(results: Results) -> str:
     """What the smallest layers cost, as an item of the list of what is not done yet."""
     ours = [entry for entry in results.level("call") if entry.contender == OURS]
-    cases = " and ".join(f"{interval(entry.ratios[PLAIN])} ({entry.subject})" for entry in ours)
+    cases = ", ".join(f"{interval(entry.ratios[PLAIN])} ({entry.subject})" for entry in ours)
     return (
         f"* A call has its price: forward and backward of a layer so small that nothing else counts take {cases} of "
         f"`{PLAIN}`'s time (median and 95 % interval), more for scattered filters. Networks of many small layers feel "

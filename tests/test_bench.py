@@ -102,6 +102,7 @@ def test_a_cell_says_how_sure_it_is():
     assert uncertain(Ratio(0.6, 0.55, 0.61)) == "0.60 ±.05"
     assert uncertain(Ratio(0.94, 0.8, 1.1)) == "(0.94 ±.16)"
     assert uncertain(Ratio(2.5, 1.2, 3.75)) == "2.50 ±1.30"
+    assert uncertain(Ratio(1.0, 1.0, 1.0)) == "1.00"
 
 
 def test_the_title_names_the_device(tmp_path):
