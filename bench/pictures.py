@@ -139,8 +139,8 @@ LOOKS = {
     LEAN: Look("tab:cyan", "s"), FROZEN: Look("tab:gray", "P"), CHECKPOINTED: Look("tab:olive", "<"),
 }  # fmt: skip
 OTHER_LOOKS = (
-    Look("tab:pink", ">"), Look("saddlebrown", "p"), Look("gold", "h"), Look("navy", "*"), Look("lime", "d"),
-    Look("teal", "8"), Look("salmon", "1"), Look("indigo", "2"),
+    Look("tab:pink", ">"), Look("teal", "p"), Look("gold", "h"), Look("navy", "*"), Look("lime", "d"),
+    Look("salmon", "8"), Look("indigo", "H"), Look("saddlebrown", "p"),
 )  # fmt: skip
 
 
