@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
-from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +56,8 @@ def merge(
 ) -> Tensor:
     """The tensor whose channels `runs` along `axis` are `learned` and whose others are `fixed`, cast to `dtype`.
 
-    `stage` is "forward" or "backward", which may find that forward's copy still stands. It keeps a compiler from
-    merging the two calls of a training step into one, which would keep the whole weight alive between them. Without it,
-    the result is differentiable wherever it is made.
+    `stage` is "forward" or "backward": it keeps a compiler from merging the two calls of a training step into one,
+    which would keep the whole weight alive between them. Without it, the result is differentiable wherever it is made.
     """
     if learned is None or fixed is None:
         whole = fixed if learned is None else learned
@@ -71,7 +69,7 @@ def merge(
     if _watched():
         return torch.ops.rwn_ext.merge(learned, fixed, runs, axis, dtype, stage)
     if fixed.numel() >= _ROOM_NUMEL and learned.dtype == fixed.dtype == dtype and axis == 0 and len(runs) == 2:
-        whole = _merged_in_room(learned, fixed, runs[0], stage)
+        whole = _merged_in_room(learned, fixed, runs)
         if whole is not None:
             return whole
     return _merge(learned, fixed, runs, axis, dtype)
@@ -372,27 +370,15 @@ def _merge(
     return whole.index_copy_(axis, _index(_complement(tuple(runs), whole.size(axis)), fixed.device), fixed)
 
 
-class _Room:
-    """Memory for a whole weight, in it that of its learned filters from `start` on; where the fixed ones are."""
+class _Room(NamedTuple):
+    """Memory of a whole weight, in which its fixed and its learned filters lie side by side."""
 
-    def __init__(self, whole: Tensor, learned: Tensor, start: int, address: int) -> None:
-        self.whole, self.learned, self.start, self.address = whole, learned, start, address
-        self._copied: tuple[ReferenceType[Tensor], int, int] | None = None
-
-    def fill(self, learned: Tensor, stage: str) -> None:
-        """Copies these filters, in the first backward after a forward only if they are not those of that forward.
-
-        Whether they are is asked of the object, its version counter and its address: a write through `.data` between
-        the two is not seen, nor is a fused optimizer's step, and backward then sees what forward saw.
-        """
-        copied, self._copied = self._copied, None
-        if stage == "backward" and copied is not None:
-            last, version, address = copied
-            if last() is learned and learned._version == version and learned.data_ptr() == address:
-                return
-        self.learned.copy_(learned)
-        if stage == "forward" and not learned.is_inference():
-            self._copied = ref(learned), learned._version, learned.data_ptr()
+    whole: Tensor
+    learned: Tensor
+    addresses: tuple[int, int]
+    """Of the learned and of the fixed filters."""
+    shared: bool
+    """Whether a Parameter of learned filters lies there, too: then others may not be copied over it."""
 
 
 # Of a fixed Parameter, the room it lies in.
@@ -401,41 +387,61 @@ _ROOMS = WeakIdKeyDictionary()
 _ROOM_NUMEL = 1 << 14
 
 
-def make_room(fixed: Tensor, start: int, count: int) -> None:
+def make_room(fixed: Tensor, start: int, count: int, learned: Tensor | None = None) -> None:
     """Moves a Parameter of fixed filters to memory with room for the whole, of which they are the first or last.
 
-    `merge` then copies only the `count` learned filters, from filter `start` on: copying what is fixed twice a
-    step would be felt. Nothing happens to a Parameter that is small, shared between processes, or not on a CPU.
+    So is `learned`, if it is a Parameter of the others, `count` filters from `start` on: `merge` then copies nothing.
+    Else it copies the learned filters alone: copying what is fixed twice a step would be felt. Nothing happens to a
+    Parameter that is small, shared between processes, or not on a CPU.
     """
     _ROOMS.pop(fixed, None)
-    if (
-        type(fixed) is not nn.Parameter or not fixed.is_cpu or fixed.numel() < _ROOM_NUMEL
-        or start not in (0, fixed.size(0)) or fixed.is_shared() or fixed.is_inference()
-        or fixed.stride(0) != fixed[0].numel() or torch.empty_like(fixed, device="meta").stride() != fixed.stride()
-    ):  # fmt: skip
+    if fixed.numel() < _ROOM_NUMEL or start not in (0, fixed.size(0)) or not _is_movable(fixed):
         return
     with torch.inference_mode(False), torch.no_grad():
         # Its own strides: those of 1x1 filters tell nothing of a memory format.
         whole = torch.empty_strided(
             (fixed.size(0) + count, *fixed.shape[1:]), fixed.stride(), dtype=fixed.dtype, device=fixed.device
         )
-        fixed.data = whole.narrow(0, 0 if start else count, fixed.size(0)).copy_(fixed)
-        _ROOMS[fixed] = _Room(whole, whole.narrow(0, start, count), start, fixed.data_ptr())
+        others, own = _part(whole, 0 if start else count, fixed.size(0)), _part(whole, start, count)
+        fixed.data = others.copy_(fixed)
+        shared = (
+            learned is not None and (learned.shape, learned.dtype) == (own.shape, own.dtype) and _is_movable(learned)
+        )
+        if learned is not None and shared:
+            learned.data = own.copy_(learned)
+        _ROOMS[fixed] = _Room(whole, own, (own.data_ptr(), others.data_ptr()), shared)
 
 
-def _merged_in_room(learned: Tensor, fixed: Tensor, start: int, stage: str) -> Tensor | None:
+def _is_movable(parameter: Tensor) -> bool:
+    """Whether its values may lie elsewhere, filter by filter, and nobody will know."""
+    return (
+        type(parameter) is nn.Parameter and parameter.is_cpu and not parameter.is_shared()
+        and not parameter.is_inference() and parameter.stride(0) == parameter[0].numel()
+        and torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    )  # fmt: skip
+
+
+def _part(whole: Tensor, start: int, count: int) -> Tensor:
+    """These filters in their memory, as if there were no other: saved as a storage of their own."""
+    view = whole.narrow(0, start, count)
+    return torch.from_dlpack(view.as_strided((view.numel(),), (1,))).as_strided(view.shape, view.stride())
+
+
+def _merged_in_room(learned: Tensor, fixed: Tensor, runs: Runs) -> Tensor | None:
     """The whole in the memory `make_room` gave, lent until the next call; None where there is none.
 
-    Nor is there where the whole must be differentiable, or where the Parameter has been given other memory since.
+    Nor is there where the whole must be differentiable, or where a Parameter has been given other memory since.
     """
     room = _ROOMS.get(fixed)
     if room is None or (learned.requires_grad and torch.is_grad_enabled()):
         return None
-    if fixed.data_ptr() != room.address or start != room.start or learned.size(0) != room.learned.size(0):
+    own, others = room.addresses
+    if fixed.data_ptr() != others or learned.shape != room.learned.shape or (runs[0] == 0) != (own < others):
         return None
-    if learned.size(0) + fixed.size(0) != room.whole.size(0):
-        return None
-    room.fill(learned, stage)
+    if learned.data_ptr() != own:
+        if room.shared:
+            return None
+        room.learned.copy_(learned)
     return room.whole
 
 

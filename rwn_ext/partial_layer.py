@@ -258,10 +258,10 @@ class PartialLayer(nn.Module):
         self._make_room()
 
     def _make_room(self) -> None:
-        """Lets the fixed filters lie where merging them with the learned ones costs least."""
+        """Lets the filters lie where merging the fixed ones with the learned ones costs least."""
         fixed, runs = self._parameters.get("weight_frozen"), self.filters.runs
         if fixed is not None and len(runs) == 2 and self.frozen != "zero":
-            ops.make_room(fixed, runs[0], len(self.filters))
+            ops.make_room(fixed, runs[0], len(self.filters), self._parameters.get("weight_trainable"))
 
     def _apply(self, *args: Any, **kwargs: Any) -> PartialLayer:
         super()._apply(*args, **kwargs)

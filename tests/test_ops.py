@@ -310,7 +310,8 @@ class TestRoom:
         with torch.no_grad():
             whole = self.merged(conv)
             assert torch.equal(whole, expected) and whole.is_contiguous(memory_format=layout)
-            assert whole.untyped_storage().data_ptr() == conv.weight_frozen.untyped_storage().data_ptr()
+            place = conv.weight_frozen if select == "last" else conv.weight_trainable
+            assert whole.data_ptr() == place.data_ptr()
             conv.weight_trainable.mul_(2)
             conv.weight_frozen.add_(1)
             again = self.merged(conv)
@@ -348,43 +349,48 @@ class TestRoom:
                 ops.merge(learned, fixed, (58, 64), 0, torch.float32, stage="forward")
         assert torch.equal(base, before)
 
-    def test_backward_copies_nothing_that_forward_has_copied(self):
-        conv, x = self.layer(), torch.randn(1, 64, 4, 4, requires_grad=True)
-        output = conv(x)
-        ops._ROOMS[conv.weight_frozen].learned.zero_()
-        (grad,) = torch.autograd.grad(output.sum(), x)
-        weight = conv.weight.detach().clone()
-        weight[58:] = 0
-        (expected,) = torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), x)
-        torch.testing.assert_close(grad, expected)
-
-    def test_backward_copies_what_forward_has_not(self):
+    def test_learned_filters_lie_beside_the_fixed_ones(self):
         conv = self.layer()
-        learned, fixed = conv.weight_trainable, conv.weight_frozen
-
-        def merged(part: Tensor, stage: str) -> Tensor:
-            return ops.merge(part, fixed, (58, 64), 0, torch.float32, stage=stage)[58:]
-
         with torch.no_grad():
-            for change in (
-                lambda part: part.add_(1),
-                lambda part: setattr(part, "data", part + 1) or part,
-                lambda part: part + 1,
-            ):
-                merged(learned, "forward")
-                changed = change(learned)
-                assert torch.equal(merged(changed, "backward"), changed)
-            merged(learned, "forward")
-            merged(learned, "backward")
-            learned.data.add_(1)  # as fused optimizers write: the version counter does not see it
-            assert torch.equal(merged(learned, "backward"), learned)
-            kept = merged(learned, "forward").clone()
-            merged(torch.zeros_like(learned), "forward")
-            assert torch.equal(merged(learned, "backward"), kept)
-        with torch.inference_mode():
-            made = torch.ones(6, 64, 3, 3)
-            for stage in ("forward", "backward"):
-                assert torch.equal(merged(made, stage), made)
+            whole = self.merged(conv)
+        assert whole.data_ptr() == conv.weight_frozen.data_ptr()
+        assert whole[58:].data_ptr() == conv.weight_trainable.data_ptr()
+
+    def test_filters_are_saved_without_their_neighbours(self, tmp_path):
+        conv = self.layer()
+        for name, parameter in conv.named_parameters():
+            torch.save(parameter, tmp_path / name)
+            assert (tmp_path / name).stat().st_size < parameter.nbytes + 2000
+            assert torch.equal(torch.load(tmp_path / name), parameter)
+
+    def test_what_stands_in_for_the_learned_filters_does_not_overwrite_them(self):
+        conv, x = self.layer(), torch.randn(1, 64, 4, 4)
+        before, other = conv.weight.detach().clone(), torch.zeros_like(conv.weight_trainable)
+        weight = torch.cat([before[:58], other])
+        expected = F.conv2d(x, weight, conv.bias, padding=1)
+        assert torch.equal(torch.func.functional_call(conv, {"weight_trainable": other}, (x,)), expected)
+        assert torch.equal(conv.weight, before)
+        conv.weight_trainable.data = other
+        assert torch.equal(conv(x), expected) and torch.equal(conv.weight, weight)
+
+    def test_a_block_of_inputs_is_copied_beside_the_fixed_filters(self):
+        conv, x = self.layer(trainable_inputs=0.5), torch.randn(1, 64, 4, 4, requires_grad=True)
+        for _ in range(2):
+            with torch.no_grad():
+                conv.weight_trainable.add_(1)
+            output, weight = conv(x), conv.weight.detach()
+            assert torch.equal(output, F.conv2d(x, weight, conv.bias, padding=1))
+            (grad,) = torch.autograd.grad(output.sum(), x)
+            (expected,) = torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), x)
+            torch.testing.assert_close(grad, expected)
+
+    def test_the_other_way_round_is_another_whole(self):
+        conv = self.layer()
+        with torch.no_grad():
+            parts = conv.weight_trainable, conv.weight_frozen
+            for _ in range(2):
+                whole = ops.merge(*parts, (0, 6), 0, torch.float32, stage="forward")
+                assert torch.equal(whole, torch.cat(parts))
 
     def test_a_forward_between_forward_and_backward_is_harmless(self):
         conv, x = self.layer(), torch.randn(1, 64, 4, 4, requires_grad=True)
