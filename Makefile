@@ -29,7 +29,7 @@ bench: $(VENV)/installed-bench
 		--benchmark-json=$(RESULTS)/bench.json
 	# it would continue what was measured before
 	rm -f $(RESULTS)/kernels.json
-	$(VENV)/bin/python -m bench.bench_kernels $(RESULTS) $(if $(QUICK),--budget 2) || test $$? = 3
+	$(VENV)/bin/python -m bench.bench_kernels $(RESULTS) --just-tested $(if $(QUICK),--budget 2) || test $$? = 3
 	$(VENV)/bin/python -m bench.report $(RESULTS)
 
 ceiling: $(VENV)/installed-bench

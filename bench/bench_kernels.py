@@ -4,14 +4,16 @@
     python -m bench.bench_kernels FOLDER --full    every layer, part, layout and number format
     python -m bench.bench_kernels FOLDER --curve   gather + wgrad alone, of 1 to 128 filters, for bench.fit_costs
 
-Results go to kernels.json (or curve.json) of the folder, case by case: an interrupted run continues. Each contender is
-compared with float64 before it is timed. On a GPU the time is the device's, under CUDA graph replay over operands that
-together exceed its L2; on a CPU it is the wall's. The floor is what the measured rates of this device allow at best.
+Results go to kernels.json (or curve.json) of the folder, case by case: an interrupted run continues. Nothing is
+measured while the tests fail, and each contender is compared with float64 before it is timed. On a GPU the time is the
+device's, under CUDA graph replay over operands that together exceed its L2; on a CPU it is the wall's. The floor is
+what the measured rates of this device allow at best.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -26,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import gate
 from bench.competitors import OURS
 from bench.group import COMPILED_SLICE, GATHERED, PLAIN_GRADIENTS, SLICED_GRADIENT, WHOLE, Group
 from bench.growing import GrowingResults
@@ -121,7 +124,7 @@ class Case:
 
 
 def selection(full: bool = False, curve: bool = False, device: str = DEVICE) -> list[Case]:
-    """The cases of a run, those that have to be compiled last."""
+    """The cases of a run, of those in the default one the most important first; what has to be compiled comes last."""
     layers = GPU_LAYERS if device == "cuda" else CPU_LAYERS
     numbers = ("bf16", "fp16", "tf32") if device == "cuda" else ("float32",)
     if curve:
@@ -131,9 +134,8 @@ def selection(full: bool = False, curve: bool = False, device: str = DEVICE) -> 
             for learned in CURVE
             if learned <= layers[name].k
         ]
-    parts = {"cuda": (0.01, 0.1, 0.5), "cpu": (0.05, 0.1, 0.4)}[device]
-    if full:
-        parts = {"cuda": (0.01, 0.05, 0.1, 0.25, 0.5, 1.0), "cpu": (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)}[device]
+    few = {"cuda": (0.1, 0.01, 0.5), "cpu": (0.05, 0.1, 0.4)}[device]
+    parts = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0) if full else few
     cases = [
         Case(
             name, layer, max(1, int(layer.k * part)), part, layout, number,
@@ -245,9 +247,10 @@ def measured(case: Case, rounds: int = ROUNDS) -> Measured:
         except (RuntimeError, ValueError, AssertionError) as error:
             failures.append({"subject": case.name, "case": case.facts, "contender": name, "failure": str(error)[:500]})
     seconds: dict[str, list[float]] = {name: [] for name in timers}
-    names = list(timers)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        # A new order each time, so that nobody always follows the same one.
+        for name in order.sample(list(timers), len(timers)):
             seconds[name].append(timers[name]())
     if not seconds:
         return Measured(None, {}, failures)
@@ -332,23 +335,21 @@ def run(
     cases: Iterable[Case], results: GrowingResults, *, rounds: int = ROUNDS, budget: float = float("inf")
 ) -> list[Case]:
     """Measures what `results` does not hold yet, at least one case; returns those that `budget` seconds left out."""
-    started, left, done = time.perf_counter(), [], 0
-    for case in cases:
-        if results.has(case.name, case.facts):
-            continue
+    pending = [case for case in cases if not results.has(case.name, case.facts)]
+    started = time.perf_counter()
+    for done, case in enumerate(pending):
         if done and time.perf_counter() - started > budget:
-            left.append(case)
-            continue
+            return pending[done:]
         with numbers_as(case.numbers):
             found = measured(case, rounds)
+        results.content["left_out"] = len(pending) - done - 1
         results.add(*found)
-        done += 1
         print(f"{case.name}, {', '.join(map(str, case.facts.values()))}", file=sys.stderr, flush=True)
         if DEVICE == "cuda":
             # An error of the device shows here, after what failed was written down.
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-    return left
+    return []
 
 
 def summary(content: Mapping[str, Any]) -> str:
@@ -400,6 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no case after these"
     )
+    gate.add_options(parser.add_argument)
     parser.add_argument("--earlier", type=Path, metavar="FOLDER", help="results to continue from, if not FOLDER's own")
     options = parser.parse_args(arguments)
     keep_freed_memory()
@@ -412,6 +414,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ResultsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    failure = None if options.tested else gate.failing_tests(DEVICE)
+    if failure is not None:
+        print(f"{failure[-2000:]}\n{gate.REFUSAL}", file=sys.stderr)
+        return FAILED
+    results.content["tests"] = gate.record(DEVICE, options.tested)
     left = run(selection(options.full, options.curve), results, budget=options.budget)
     print(summary(results.content))
     if left:

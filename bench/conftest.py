@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench import machine
+from bench import gate, machine
 from bench.clock import clock, replay
 from bench.group import Group
 from bench.turns import FEWEST, Effort
@@ -23,14 +17,12 @@ from rwn_ext.report import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-# What every number rests on, run side by side: operators, their gradients and lean blocks, all against float64.
-TESTS = (("tests/test_ops.py", "tests/test_cpu.py", "tests/test_lean_block.py"), ("tests/test_autograd.py",))
 _TABLES: dict[str, list[list[str]]] = {}
 
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="a minute's worth: few layers and rounds")
-    parser.addoption("--tested", action="store_true", help="the tests have just been run, so that they need not be now")
+    gate.add_options(parser.addoption)
     parser.addoption("--compiled", action="store_true", help="torch.compile too, which takes minutes for each network")
     parser.addoption("--ceiling", action="store_true", help="bench_ceiling too, whose many rounds take minutes")
 
@@ -56,34 +48,9 @@ def pytest_collection_finish(session):
     """Numbers of code that computes something else are worth nothing: none are made while the tests are red."""
     option = session.config.option
     if session.items and not (option.collectonly or option.tested):
-        failure = failing_tests()
+        failure = gate.failing_tests(DEVICE)
         if failure is not None:
-            pytest.exit(f"{failure[-2000:]}\nthe tests above fail, so nothing is measured", 1)
-
-
-def failing_tests() -> str | None:
-    """What pytest says of TESTS where one of them fails; the first failure ends all."""
-    with ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in TESTS]
-        running = {
-            stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-m", "pytest", "-q", "-x", *files], cwd=Path(__file__).parents[1], stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            ): log
-            for files, log in zip(TESTS, logs, strict=True)
-        }  # fmt: skip
-        while running:
-            time.sleep(0.1)
-            for process in [process for process in running if process.poll() is not None]:
-                log = running.pop(process)
-                if process.returncode:
-                    for other in running:
-                        other.terminate()
-                    log.seek(0)
-                    return log.read()
-    return None
+            pytest.exit(f"{failure[-2000:]}\n{gate.REFUSAL}", 1)
 
 
 def pytest_benchmark_update_machine_info(machine_info):
@@ -100,8 +67,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         facts = entry["extra_info"]
         entry.clear()
         entry.update(facts, stats=stats)
-    tested = "said to have passed" if config.option.tested else "passed"
-    output_json["tests"] = {"files": [file for files in TESTS for file in files], "outcome": tested}
+    output_json["tests"] = gate.record(DEVICE, config.option.tested)
     output_json["commit_info"] = machine.commit()
 
 

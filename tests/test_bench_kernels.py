@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import bench_kernels, growing, machine
-from bench.bench_kernels import FAILED, UNFINISHED, Case, exact, run, selection, summary
+from bench import bench_kernels, gate, growing, machine
+from bench.bench_kernels import FAILED, UNFINISHED, Case, Way, exact, run, selection, summary
 from bench.growing import GrowingResults
 from bench.layers import Layer
 from bench.page import page
@@ -28,12 +29,13 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch):
-    """A device of known rates, and no long look at the processor."""
+    """A device of known rates, no long look at the processor, no tests within the test."""
     for module in (machine, bench_kernels):
         monkeypatch.setattr(module, "rates", lambda device, dtype: Rates(1e10, 1e11))
     found = {"machine": "m", "system": "s", "python_version": "3", "cpu": {"brand_raw": "some CPU"}}
     monkeypatch.setattr(growing, "pytest_benchmark_generate_machine_info", lambda: found)
     monkeypatch.setattr(bench_kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(gate, "failing_tests", lambda device: None)
 
 
 def results(folder: Path, earlier: Path | None = None) -> GrowingResults:
@@ -102,10 +104,13 @@ def test_the_command_says_what_is_left_and_what_failed(tmp_path, monkeypatch: py
     monkeypatch.setattr(bench_kernels, "ROUNDS", 3)
     assert bench_kernels.main([str(tmp_path), "--budget", "0"]) == UNFINISHED
     assert "1 cases are not measured" in capsys.readouterr().out
+    content = json.loads((tmp_path / "kernels.json").read_text())
+    assert content["left_out"] == 1 and content["tests"] == {"files": list(gate.files("cpu")), "outcome": "passed"}
     right = ops.conv2d_weight_grad
     monkeypatch.setattr(ops, "conv2d_weight_grad", lambda *arguments: 1.001 * right(*arguments))
     assert bench_kernels.main([str(tmp_path)]) == FAILED
     content = json.loads((tmp_path / "kernels.json").read_text())
+    assert content["left_out"] == 0
     ours = {"matmul", "unfold", "rwn_ext"} | ({"direct"} if cpu.native else set())
     assert {f["contender"] for f in content["failures"]} == ours
     # What is wrong has no time; what PyTorch does has.
@@ -113,6 +118,32 @@ def test_the_command_says_what_is_left_and_what_failed(tmp_path, monkeypatch: py
     assert timed == {"full wgrad", "gather + wgrad", "sliced wgrad"}
     output = capsys.readouterr().out
     assert "FAILED 1x1 s2" in output and "rwn_ext is off by 0.00" in output
+
+
+def test_nothing_is_measured_while_the_tests_are_red(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(bench_kernels, "selection", lambda full, curve: CASES[:1])
+    monkeypatch.setattr(bench_kernels, "ROUNDS", 3)
+    monkeypatch.setattr(gate, "failing_tests", lambda device: f"red on {device}")
+    assert bench_kernels.main([str(tmp_path)]) == FAILED and not list(tmp_path.iterdir())
+    assert "red on cpu\nthe tests above fail, so nothing is measured" in capsys.readouterr().err
+    for option, outcome in (("--tested", "said to have passed"), ("--just-tested", "passed")):
+        assert bench_kernels.main([str(tmp_path / outcome), option]) == 0
+        assert json.loads((tmp_path / outcome / "kernels.json").read_text())["tests"]["outcome"] == outcome
+
+
+def test_contenders_follow_each_other_in_ever_new_orders(monkeypatch: pytest.MonkeyPatch):
+    called: list[Way] = []
+
+    def timer(way: Way, operands) -> Callable[[], float]:
+        return lambda: called.append(way) or 1.0
+
+    monkeypatch.setattr(bench_kernels, "wall_timer", timer)
+    names = list(bench_kernels.measured(CASES[0], 12).facts)
+    turns = [tuple(called[i : i + len(names)]) for i in range(0, len(called), len(names))]
+    assert len(turns) == 12 and {len(set(turn)) for turn in turns} == {len(names)}
+    # Were the order only rotated, each would have the same predecessor throughout.
+    before = {way: {turn[i - 1] for turn in turns for i in range(1, len(turn)) if turn[i] is way} for way in turns[0]}
+    assert min(map(len, before.values())) > 1
 
 
 def test_results_of_another_machine_are_not_continued(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
