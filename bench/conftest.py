@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from bench import gate, machine
+from bench.budget import Budget
 from bench.clock import clock, replay
 from bench.group import Group
 from bench.turns import FEWEST, Effort
@@ -17,11 +19,16 @@ from rwn_ext.report import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+BUDGET = pytest.StashKey[Budget]()
 _TABLES: dict[str, list[list[str]]] = {}
 
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="a minute's worth: few layers and rounds")
+    parser.addoption(
+        "--budget", type=float, default=math.inf, metavar="SECONDS",
+        help="begin no group of contenders after so many seconds, and the most important ones first",
+    )  # fmt: skip
     gate.add_options(parser.addoption)
     parser.addoption("--compiled", action="store_true", help="torch.compile too, which takes minutes for each network")
     parser.addoption("--ceiling", action="store_true", help="bench_ceiling too, whose many rounds take minutes")
@@ -30,6 +37,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     keep_freed_memory()
+    config.stash[BUDGET] = Budget(config.option.budget)
+    config.pluginmanager.register(config.stash[BUDGET])
     config.option.benchmark_timer = f"{clock.__module__}.{clock.__name__}"
     config.addinivalue_line("markers", "slow: left out by --quick")
     config.addinivalue_line("markers", "compiled: left out without --compiled")
@@ -67,6 +76,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         facts = entry["extra_info"]
         entry.clear()
         entry.update(facts, stats=stats)
+    output_json["left_out"] = config.stash[BUDGET].left_out
     output_json["tests"] = gate.record(DEVICE, config.option.tested)
     output_json["commit_info"] = machine.commit()
 
