@@ -55,10 +55,11 @@ class Budget:
         return len(self.unfinished)
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         if self.seconds < math.inf:
             items[:] = by_importance(items)
-        self.unfinished = {item.nodeid for item in items if item.get_closest_marker("skip") is None}
+        if not config.option.collectonly:
+            self.unfinished = {item.nodeid for item in items if item.get_closest_marker("skip") is None}
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         group = group_of(item)

@@ -40,9 +40,6 @@ def pytest_configure(config):
     config.stash[BUDGET] = Budget(config.option.budget)
     config.pluginmanager.register(config.stash[BUDGET])
     config.option.benchmark_timer = f"{clock.__module__}.{clock.__name__}"
-    config.addinivalue_line("markers", "slow: left out by --quick")
-    config.addinivalue_line("markers", "compiled: left out without --compiled")
-    config.addinivalue_line("markers", "ceiling: left out without --ceiling")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -12,28 +12,71 @@ import pytest
 import torch
 
 from bench import fit_costs, gpu
+from bench.bench_steps import GPU_NETS
 from bench.fit_costs import Fit, Sample, entered, fitted, mean_square, ratios, samples
 from bench.gpu import FAILED, PASSED, STOPPED, Stage, exit_code, run, run_all, stages, summary
-from rwn_ext import costs
+from bench.networks import IMAGENET
+from rwn_ext import costs, cuda
 from rwn_ext.costs import LibraryModel
 from rwn_ext.planner import Problem
 
 ROOT = Path(__file__).parents[1]
-PLAN = [Stage("tests", ((), ()), 10), Stage("kernels", ((),), 20), Stage("steps wrn-28-10", ((),), 30)]
+PLAN = [
+    Stage("tests", ((), ()), 10, gate=True),
+    Stage("kernels", ((),), 20, results="kernels.json"),
+    Stage("steps wrn-28-10", ((),), 30, results="steps-wrn-28-10.json"),
+]
 
 
 def python(code: str) -> tuple[str, ...]:
     return sys.executable, "-c", code
 
 
-def test_the_default_plan_takes_less_than_eight_minutes_and_leaves_nothing_out(tmp_path):
-    default, full = (stages(tmp_path, full, csrc=True) for full in (False, True))
-    assert sum(stage.seconds for stage in default) <= gpu.SECONDS == 480
-    assert [stage.name for stage in default] == [stage.name for stage in full if stage.name != "curve"]
-    assert {"wrn-28-10", "wrn-28-4", "vgg19-bn", "densenet-bc-100-12", "resnet-18", "resnet-50"} == set(gpu.NETWORKS)
-    assert ("make", "gpu-csrc") in default[1].commands
-    assert "csrc" not in [stage.name for stage in stages(tmp_path, False, csrc=False)]
-    assert all((ROOT / test).exists() for test in gpu.TESTS)
+def names(plan: list[Stage]) -> list[str]:
+    return [stage.name for stage in plan]
+
+
+def test_the_default_plan_takes_less_than_eight_minutes_and_has_every_level(tmp_path):
+    default, full = (stages(tmp_path, full) for full in (False, True))
+    assert sum(stage.seconds for stage in default) + gpu.GRACE <= gpu.SECONDS == 480
+    levels = {"steps", "kernels", "layers", "calls", "runs", "scaling"}
+    assert set(names(default)) == {"tests", "csrc"} | levels
+    assert {name.split()[0] for name in names(full)} == {"tests", "csrc", "curve"} | levels
+    assert all(stage.budgeted for stage in default if stage.name in levels)
+    assert not any(stage.budgeted for stage in full)
+    # All of a file but bench_ceiling, which is for CPUs.
+    files = {path.name for path in (ROOT / "bench").glob("bench_*.py")} - {"bench_ceiling.py", "bench_kernels.py"}
+    assert files == {f"bench_{level}.py" for level in levels - {"kernels"}}
+
+
+def test_every_network_of_a_gpu_has_a_stage_of_its_own(tmp_path):
+    plan = stages(tmp_path, full=True)
+    assert [f"steps {net.name}" for net in GPU_NETS] == [name for name in names(plan) if name.startswith("steps")]
+    results = [stage.results for stage in plan if stage.results]
+    assert len(results) == len(set(results))
+    assert set(IMAGENET) | {"wrn-28-10", "wrn-28-4", "densenet-bc-100-12", "vgg19-bn", "alexnet"} == set(gpu.NETWORKS)
+
+
+def test_the_compiled_kernels_come_first_where_they_are_measured(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "native", None)
+    assert [(stage.name, stage.gate) for stage in stages(tmp_path, False)][::7] == [("tests", True), ("csrc", False)]
+    monkeypatch.setattr(cuda, "native", "some module")
+    plan = stages(tmp_path, False)
+    assert [(stage.name, stage.gate) for stage in plan][:2] == [("tests", True), ("csrc", True)]
+    assert not any(stage.gate for stage in plan[2:])
+    assert names(stages(tmp_path, False, without=("csrc", "runs"))) == [
+        name for name in names(plan) if name not in ("csrc", "runs")
+    ]
+
+
+def test_what_the_machine_lacks_is_not_planned_and_said(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None if name == "nvcc" else name)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "sklearn" else name)
+    assert gpu.missing() == {"csrc": ["nvcc"], "runs": ["sklearn"]}
+    assert gpu.main(["--plan"]) == 0
+    output = capsys.readouterr()
+    assert "without csrc, which needs nvcc" in output.err and "without runs, which needs sklearn" in output.err
+    assert "bench_runs" not in output.out and "gpu-csrc" not in output.out and "bench_layers" in output.out
 
 
 def test_without_a_gpu_only_the_plan_is_said(capsys, monkeypatch: pytest.MonkeyPatch):
@@ -56,23 +99,102 @@ def test_a_stage_passes_fails_or_is_stopped_with_all_it_started(tmp_path):
     assert not left
 
 
-def test_a_full_run_continues_behind_what_has_passed(tmp_path):
-    seen, answers = [], {"tests": PASSED, "kernels": STOPPED, "steps wrn-28-10": FAILED}
+def test_a_stage_that_is_stopped_keeps_what_it_has_measured(tmp_path):
+    (tmp_path / "bench_some.py").write_text("""
+import time
 
-    def runner(stage: Stage, log: Path) -> tuple[str, float]:
-        seen.append(stage.name)
-        return answers[stage.name], 1.0
+def test_quick(benchmark):
+    benchmark.pedantic(int)
 
-    outcomes = run_all(PLAN, tmp_path, resume=True, runner=runner)
-    assert seen == list(answers) and exit_code(PLAN, outcomes) == 1
-    answers["steps wrn-28-10"] = PASSED
-    outcomes = run_all(PLAN, tmp_path, resume=True, runner=runner)
-    assert seen[3:] == ["kernels", "steps wrn-28-10"] and exit_code(PLAN, outcomes) == 3
-    answers["kernels"] = PASSED
-    assert exit_code(PLAN, run_all(PLAN, tmp_path, resume=True, runner=runner)) == 0
-    assert exit_code(PLAN, {}) == 3
-    run_all(PLAN, tmp_path, resume=False, runner=runner)
-    assert seen[6:] == list(answers)
+def test_slow():
+    time.sleep(60)
+""")
+    results = tmp_path / "some.json"
+    command = (sys.executable, "-m", "pytest", str(tmp_path / "bench_some.py"), f"--benchmark-json={results}")
+    outcome, seconds = run(Stage("some", ((*command, f"--rootdir={tmp_path}"),), 8), tmp_path / "log")
+    assert outcome == STOPPED and seconds < 8 + gpu.GRACE
+    assert [entry["name"] for entry in json.loads(results.read_text())["benchmarks"]] == ["test_quick"]
+
+
+def test_a_command_is_told_how_long_to_begin_something_new(tmp_path):
+    log, says = tmp_path / "log", python("import sys; print(*sys.argv[1:])")
+    run(Stage("a", (says,), 60, budgeted=True), log)
+    assert log.read_text() == f"--budget {60 - gpu.MARGIN}\n"
+    run(Stage("a", (says,), gpu.MARGIN / 2, budgeted=True), log)
+    assert log.read_text() == "--budget 0\n"
+    run(Stage("a", (says,), 60), log)
+    assert log.read_text() == "\n"
+
+
+class Machine:
+    """Runs nothing: remembers what it was to run for how long, and answers by name."""
+
+    def __init__(self, **answers: str) -> None:
+        self.answers, self.seen, self.limits = answers, [], {}
+
+    def __call__(self, stage: Stage, log: Path) -> tuple[str, float]:
+        self.seen.append(stage.name)
+        self.limits[stage.name] = stage.seconds
+        return self.answers.get(stage.name, PASSED), 4.0
+
+
+@pytest.fixture
+def some_commit(monkeypatch: pytest.MonkeyPatch) -> dict:
+    code = {"id": "a" * 40}
+    monkeypatch.setattr(gpu, "commit", lambda: code)
+    return code
+
+
+@pytest.mark.parametrize("outcome", [FAILED, STOPPED])
+@pytest.mark.parametrize("red", ["tests", "csrc"])
+def test_nothing_is_measured_unless_the_tests_have_passed(tmp_path, red: str, outcome: str):
+    plan = [PLAN[0], Stage("csrc", ((),), 10, gate=True), *PLAN[1:]]
+    results_file(tmp_path / "kernels.json", [kernel("full wgrad", 1e-4)])
+    machine = Machine(**{red: outcome})
+    outcomes = run_all(plan, tmp_path, resume=False, runner=machine)
+    # What the other has to say is worth knowing.
+    assert machine.seen == ["tests", "csrc"] and exit_code(plan, outcomes) == (1 if outcome == FAILED else 3)
+    text = summary(tmp_path, plan, outcomes)
+    assert f"Nothing was measured, because of: {red}" in text and "some layer" not in text
+    assert text.count("not run") == 2
+
+
+def test_a_full_run_continues_behind_what_has_passed(tmp_path, some_commit):
+    machine = Machine(**{"kernels": STOPPED, "steps wrn-28-10": FAILED})
+
+    def again(resume: bool = True) -> list[str]:
+        machine.seen.clear()
+        outcomes = run_all(PLAN, tmp_path, resume=resume, runner=machine)
+        return [*machine.seen, exit_code(PLAN, outcomes)]
+
+    assert again() == [*names(PLAN), 1]
+    machine.answers["steps wrn-28-10"] = PASSED
+    assert again() == [*names(PLAN), 3]
+    machine.answers["kernels"] = PASSED
+    assert again() == ["tests", "kernels", 0]
+    # The tests are run each time.
+    assert again() == ["tests", 0] and exit_code(PLAN, {}) == 3
+    assert again(resume=False) == [*names(PLAN), 0]
+    some_commit["id"] = "b" * 40
+    assert again() == [*names(PLAN), 0]
+
+
+def test_time_that_a_stage_leaves_goes_to_the_next(tmp_path):
+    machine = Machine()
+    run_all(PLAN, tmp_path, resume=False, runner=machine)
+    assert list(machine.limits.values()) == [10, 10 - 4 + 20, 10 - 4 + 20 - 4 + 30]
+    run_all(PLAN, tmp_path / "..", resume=True, runner=machine)
+    assert list(machine.limits.values()) == [10, 20, 30]
+
+
+def test_results_of_an_earlier_run_do_not_stay_beside_new_ones(tmp_path):
+    for stage in PLAN[1:]:
+        (tmp_path / stage.results).write_text("{}")
+    (tmp_path / "demo.json").write_text("{}")
+    run_all(PLAN, tmp_path, resume=True, runner=Machine())
+    assert all((tmp_path / stage.results).exists() for stage in PLAN[1:])
+    run_all(PLAN, tmp_path, resume=False, runner=Machine())
+    assert {path.name for path in tmp_path.iterdir()} == {"demo.json", "stages.json"}
 
 
 def results_file(path: Path, benchmarks: list[dict]) -> None:
@@ -93,14 +215,16 @@ def test_the_table_says_what_the_results_say(tmp_path):
     results_file(
         tmp_path / "kernels.json", [kernel("full wgrad", 1e-4), kernel("stationary", 3e-5), kernel("rwn_ext", 3.1e-5)]
     )
-    step = {"contender": "rwn_ext p = 0.1", "stats": {"median": 0.05}, "peak_bytes": 7_000_000_000,
-            "ratios": {"nn.Conv2d": [0.8, 0.79, 0.81], "all frozen (p = 0)": [1.02, 1.01, 1.03]}}  # fmt: skip
+    step = {
+        "subject": "wrn-28-10", "contender": "rwn_ext p = 0.1", "stats": {"median": 0.05}, "peak_bytes": 7_000_000_000,
+        "ratios": {"nn.Conv2d": [0.8, 0.79, 0.81], "all frozen (p = 0)": [1.02, 1.01, 1.03]},
+    }  # fmt: skip
     results_file(tmp_path / "steps-wrn-28-10.json", [step])
-    text = summary(tmp_path, PLAN, {"tests": {"outcome": STOPPED, "seconds": 10.2}})
+    text = summary(tmp_path, PLAN, {"tests": {"outcome": PASSED, "seconds": 10.2, "limit": 10}})
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "some layer 16/160 channels_last bf16 100.0 30.0 stationary 31.0 stationary 1000 50%" in lines
     assert "wrn-28-10 rwn_ext p = 0.1 50.00 0.800 [0.790, 0.810] 1.020 [1.010, 1.030] 7.00" in lines
-    assert lines[-3:] == ["tests stopped 10 10", "kernels not run 20", "steps wrn-28-10 not run 30"]
+    assert lines[-3:] == ["tests passed 10 10", "kernels not run 20", "steps wrn-28-10 not run 30"]
 
 
 def test_what_a_gpu_machine_runs_needs_no_more_than_four_packages():
@@ -118,8 +242,8 @@ found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] in {absent!r} else found(name, *a)
 import bench.gpu, bench.bench_kernels, bench.fit_costs, pytest
 quiet = ["-q", "--collect-only", "-p", "no:hypothesispytest"]
-raise SystemExit(pytest.main([*quiet, *bench.gpu.TESTS, "--shard=0/50"])
-    or pytest.main([*quiet, "bench/bench_steps.py"]))
+raise SystemExit(pytest.main([*quiet, *bench.gate.files("cuda"), "--shard=0/50"])
+    or pytest.main([*quiet, *(f"bench/bench_{{level}}.py" for level in ("steps", "layers", "calls", "scaling"))]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
