@@ -33,6 +33,7 @@ from bench.competitors import OURS
 from bench.group import COMPILED_SLICE, GATHERED, PLAIN_GRADIENTS, SLICED_GRADIENT, WHOLE, Group
 from bench.growing import GrowingResults
 from bench.layers import CPU_LAYERS, GPU_LAYERS, Layer, tolerance
+from bench.oracle import _close
 from bench.rates import rates
 from bench.results import ResultsError
 from rwn_ext import costs, ops, planner
@@ -208,19 +209,11 @@ def exact(case: Case, grad_output: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-class WrongResultError(AssertionError):
-    """A contender computes something else."""
-
-
 def check(name: str, case: Case, actual: Tensor, expected: Tensor) -> None:
-    """That the relative error is within the tolerance."""
-    actual = actual[-case.learned :].double()
+    """WrongResultError where the relative error is beyond the tolerance."""
     length = case.layer.n * case.output_size**2
     rounding = 2.0**-10 if case.numbers == "tf32" else torch.finfo(case.dtype).eps
-    error, allowed = ((actual - expected).norm() / expected.norm()).item(), tolerance(rounding, length)
-    # Not "greater": NaN is wrong too.
-    if not error <= allowed:
-        raise WrongResultError(f"{name} is off by {error:.3g}, more than {allowed:.3g}")
+    _close(name, actual[-case.learned :], expected, tolerance(rounding, length))
 
 
 class Measured(NamedTuple):

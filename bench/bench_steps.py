@@ -1,21 +1,26 @@
 """A whole training step of each of the paper's networks and of common ones, by what is learned and how it is done.
 
-The ratio to "all frozen" tells what is left to gain by a faster weight gradient.
+The ratio to "all frozen" tells what is left to gain by a faster weight gradient. Before anything is timed, float32 loss
+and gradients of every eager model are compared with float64, on a CPU those of compiled ones too. On a GPU, where steps
+are timed under autocast, the gradients of a captured one are compared with the eager one's. Compiled steps are not
+compared there: they round elsewhere, which under autocast changes gradients of deep networks as much as an error may.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.competitors import CHECKPOINTED, FROZEN, LEAN, MEMSAVE, OTHERS, OURS, PLAIN, rivals
 from bench.conftest import DEVICE, DTYPE, marks
 from bench.group import Group
 from bench.networks import CAPTURED_AS, COMPILED_AS, IMAGENET, MEMSAVE_IS_INSTALLED, Captured, Step, floors_of, model_of
-from bench.oracle import NetworkOracle
+from bench.oracle import NETWORK_TOLERANCE, NetworkOracle, _close
 from bench.rates import rates
 from bench.turns import Effort, in_turns
 
@@ -62,14 +67,14 @@ WITH_COMPILED = list(NETS) if DEVICE == "cuda" else [FIRST]
 
 def rows(net: Net) -> tuple[str, ...]:
     """The contenders that need no compiler."""
+    # AlexNet has no units to recompute.
+    known = tuple(row for row in KNOWN if (net.name, row) != ("alexnet", CHECKPOINTED))
     if DEVICE == "cuda":
         # Eager steps, where the host may be what is waited for, and the same steps captured in CUDA graphs.
         ours = tuple(f"{OURS} p = {p}" for p in (0.01, *net.parts))
         captured = (PLAIN, FROZEN, *(f"{OURS} p = {p}" for p in (0.01, 0.05, 0.1)))
-        return (PLAIN, AGAIN, FROZEN, *ours, *LEANS, *(CAPTURED_AS + row for row in captured))
+        return (PLAIN, AGAIN, FROZEN, *ours, *LEANS, *(CAPTURED_AS + row for row in captured), *known)
     again = (AGAIN,) if net.name == FIRST else ()
-    # AlexNet has no units to recompute.
-    known = tuple(row for row in KNOWN if (net.name, row) != ("alexnet", CHECKPOINTED))
     return (PLAIN, *again, FROZEN, *(f"{OURS} p = {p}" for p in net.parts), *LEANS, *known)
 
 
@@ -86,28 +91,86 @@ def compiled_rows(net: Net) -> tuple[str, ...]:
      for net in NETS.values() for row in (*rows(net), *compiled_rows(net))],
 )  # fmt: skip
 def test_step(record, effort, request, name, row):
-    record(measured(NETS[name], effort(NETS[name].effort), request.config.option.compiled), row)
+    group, failures = measured(NETS[name], effort(NETS[name].effort), request.config.option.compiled)
+    if row in failures:
+        pytest.fail(failures[row])
+    record(group, row)
+
+
+class Measured(NamedTuple):
+    """A group of those who can run and compute what they should; of the others, what is wrong."""
+
+    group: Group | None
+    failures: dict[str, str]
 
 
 @lru_cache(maxsize=1)
-def measured(net: Net, effort: Effort, compiled: bool) -> Group:
+def measured(net: Net, effort: Effort, compiled: bool) -> Measured:
     images = torch.randn(net.batch, 3, net.size, net.size, device=DEVICE)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (net.batch,), device=DEVICE)
     # A few images are enough for a GPU; on a CPU compiled steps are compared too, for which they are all needed.
     few = slice(8) if DEVICE == "cuda" else slice(None)
     oracle = NetworkOracle.of(model_of(net.name, PLAIN).to(DEVICE), images[few], labels[few])
-    names = (*rows(net), *(compiled_rows(net) if compiled else ()))
     steps: dict[str, Step | Captured] = {}
-    bounded: dict[str, Step] = {}
+    failures: dict[str, str] = {}
+    names = (*rows(net), *(compiled_rows(net) if compiled else ()))
     for row in names:
-        form = CAPTURED_AS if row.startswith(CAPTURED_AS) else ""
-        step = Step(net.name, row.removeprefix(form).removesuffix(" again"), images, labels)
-        steps[row] = Captured(step) if form else step
-        if not (form or (DEVICE == "cuda" and row.startswith(COMPILED_AS))):
-            oracle.check(row, step.model, step.learner, images[few], labels[few])
-        if OURS in row or row == FROZEN:
-            bounded[row] = step
+        try:
+            steps[row] = checked(net.name, row, images, labels, oracle, few)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            failures[row] = f"{type(error).__name__}: {error}"
+    for reference in {PLAIN, FROZEN} & failures.keys():
+        return Measured(None, dict.fromkeys(names, f"it is compared with {reference}, which failed") | failures)
+    return Measured(timed(net, steps, images, effort), failures)
+
+
+def checked(net: str, row: str, images: Tensor, labels: Tensor, oracle: NetworkOracle, few: slice) -> Step | Captured:
+    """A row's step that computes what it should; on a GPU one that has run, so that what cannot fails here."""
+    form = CAPTURED_AS if row.startswith(CAPTURED_AS) else ""
+    step = Step(net, row.removeprefix(form).removesuffix(" again"), images, labels)
+    if form:
+        captured = Captured(step)
+        check_replay(row, captured)
+        return captured
+    compiled = row.startswith(COMPILED_AS)
+    if DEVICE == "cpu" or not compiled:
+        oracle.check(row, step.model, step.learner, images[few], labels[few])
+    if DEVICE == "cuda":
+        # The first call compiles, the next ones warm up and record what is replayed from then on.
+        for _ in range(3 if compiled else 1):
+            step()
+    return step
+
+
+def check_replay(row: str, captured: Captured) -> None:
+    """WrongResultError where a replay's gradients are not those of its eager step, from the same weights.
+
+    Those of weights alone: a bias before a norm has a gradient of nothing but rounding.
+    """
+    step = captured.step
+    learned = {name: p for name, p in step.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in learned.items()}
+    gradients = []
+    for run in (captured, step):
+        with torch.no_grad():
+            for name, parameter in learned.items():
+                parameter.copy_(before[name])
+        torch.manual_seed(0)  # dropout's
+        run()
+        gradients.append({name: p.grad.clone() for name, p in learned.items() if p.dim() > 1})
+    replayed, eager = gradients
+    for name in eager:
+        _close(f"gradient of {name} of {row}", replayed[name], eager[name], NETWORK_TOLERANCE)
+
+
+def timed(net: Net, steps: Mapping[str, Step | Captured], images: Tensor, effort: Effort) -> Group:
+    """All that can run, in turns."""
+    bounded = {
+        row: step.step if isinstance(step, Captured) else step
+        for row, step in steps.items()
+        if (OURS in row or row == FROZEN) and row.replace(LEAN, OURS) in steps
+    }
     floor = floors_of(bounded, images, rates(DEVICE, DTYPE), DTYPE.itemsize)
     seconds = in_turns(steps, effort)
     memory = {
@@ -121,5 +184,5 @@ def measured(net: Net, effort: Effort, compiled: bool) -> Group:
     }  # fmt: skip
     return Group(
         "step", net.name, case, seconds, (PLAIN, FROZEN), floor=floor,
-        rivals={row: others for row in names if (others := rivals(row, names))}, more=memory,
+        rivals={row: others for row in steps if (others := rivals(row, steps))}, more=memory,
     )  # fmt: skip
