@@ -10,7 +10,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from bench.competitors import FROZEN, OURS, PLAIN
+from bench.competitors import FROZEN, FROZEN_PLAIN, OURS, PLAIN
 from bench.conftest import DEVICE
 from bench.group import Group
 from bench.networks import Step, model_of
@@ -18,7 +18,7 @@ from bench.oracle import NetworkOracle
 from bench.turns import Effort, in_turns
 
 BATCHES = {"wrn-16-4": 32, "densenet-bc-40-12": 32, "vgg19-bn": 16}
-ROWS = (FROZEN, *(f"{OURS} p = {part}" for part in (0.05, 0.1)))
+ROWS = (FROZEN, FROZEN_PLAIN, *(f"{OURS} p = {part}" for part in (0.05, 0.1)))
 EFFORT = Effort(0, least=61, most=61)
 
 

@@ -33,7 +33,7 @@ from bench.competitors import OURS
 from bench.group import COMPILED_SLICE, GATHERED, PLAIN_GRADIENTS, SLICED_GRADIENT, WHOLE, Group
 from bench.growing import GrowingResults
 from bench.layers import CPU_LAYERS, GPU_LAYERS, Layer, tolerance
-from bench.oracle import _close
+from bench.oracle import close
 from bench.rates import rates
 from bench.results import ResultsError
 from rwn_ext import costs, ops, planner
@@ -213,7 +213,7 @@ def check(name: str, case: Case, actual: Tensor, expected: Tensor) -> None:
     """WrongResultError where the relative error is beyond the tolerance."""
     length = case.layer.n * case.output_size**2
     rounding = 2.0**-10 if case.numbers == "tf32" else torch.finfo(case.dtype).eps
-    _close(name, actual[-case.learned :], expected, tolerance(rounding, length))
+    close(name, actual[-case.learned :], expected, tolerance(rounding, length))
 
 
 class Measured(NamedTuple):

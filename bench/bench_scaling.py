@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from bench import wire
-from bench.competitors import CHECKPOINTED, FROZEN, LEAN, LORA, MEMSAVE, OURS, PLAIN, SLICED, WAYS, rivals
+from bench.competitors import CHECKPOINTED, FROZEN, FROZEN_PLAIN, LEAN, LORA, MEMSAVE, OTHERS, OURS, PLAIN, WAYS, rivals
 from bench.conftest import DEVICE, DTYPE, marks
 from bench.floors import convolution_floor, predicted
 from bench.group import Group
-from bench.networks import MEMSAVE_IS_INSTALLED, Step, floors_of
-from bench.oracle import LayerOracle
+from bench.networks import MEMSAVE_IS_INSTALLED, Step, floors_of, model_of
+from bench.oracle import LayerOracle, NetworkOracle
 from bench.rates import rates
 from bench.turns import Effort, in_turns
 from rwn_ext.report import saved_for_backward
@@ -41,8 +41,9 @@ GPU_AXES = {
 POINTS = [(axis, value) for axis, values in (GPU_AXES if DEVICE == "cuda" else AXES).items() for value in values]
 QUICK = [("p", 0.05), ("p", 0.4)]
 DEPTHS, DEPTH_EFFORT = (10, 16, 22), Effort(3, least=7)
+LAYER_ROWS = tuple(way for way in WAYS if way != FROZEN_PLAIN)
 NET_ROWS = (
-    PLAIN, f"{SLICED} p = 0.1", f"{OURS} p = 0.1", f"{LEAN} p = 0.1", FROZEN, CHECKPOINTED,
+    PLAIN, *(f"{way} p = 0.1" for way in (*OTHERS, OURS, LEAN)), FROZEN, CHECKPOINTED,
     *([MEMSAVE] if MEMSAVE_IS_INSTALLED else []),
 )  # fmt: skip
 PROCESSES, WIRE_PARTS = 4, (0.0, 0.05, 0.1, 0.4, 1.0)
@@ -52,7 +53,7 @@ def points(values, rows, quick=()):
     return [pytest.param(*value, row, marks=marks(value in quick, compiled=False)) for value in values for row in rows]
 
 
-@pytest.mark.parametrize(("axis", "value", "row"), points(POINTS, WAYS, QUICK))
+@pytest.mark.parametrize(("axis", "value", "row"), points(POINTS, LAYER_ROWS, QUICK))
 def test_layer(record, effort, axis, value, row):
     record(layer(axis, value, effort(EFFORT)), row)
 
@@ -91,7 +92,7 @@ def layer(axis: str, value: float, effort: Effort) -> Group:
     x = torch.randn(n, channels, size, size, device=DEVICE, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     cotangent = torch.randn_like(x)
-    modules = {row: way(conv, learned) for row, way in WAYS.items()}
+    modules = {row: WAYS[row](conv, learned) for row in LAYER_ROWS}
     oracle, kept = LayerOracle(conv, x, cotangent), {}
     for row, module in modules.items():
         oracle.check(row, module, 0 if row == FROZEN else learned)
@@ -124,7 +125,11 @@ def network(depth: int, effort: Effort) -> Group:
     batch = 128 if DEVICE == "cuda" else 8
     images = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=DEVICE)
-    steps = {row: Step(f"wrn-{depth}-2", row, images, labels) for row in NET_ROWS}
+    name = f"wrn-{depth}-2"
+    oracle = NetworkOracle.of(model_of(name, PLAIN).to(DEVICE), images, labels)
+    steps = {row: Step(name, row, images, labels) for row in NET_ROWS}
+    for row, step in steps.items():
+        oracle.check(row, step.model, step.learner, images, labels)
     seconds = in_turns(steps, effort)
     memory = {row: step.memory() for row, step in steps.items()}
     bounded = {row: step for row, step in steps.items() if OURS in row or row in (PLAIN, FROZEN)}

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.competitors import CHECKPOINTED, FROZEN, LEAN, MEMSAVE, OTHERS, OURS, PLAIN, rivals
+from bench.competitors import CHECKPOINTED, FROZEN, FROZEN_PLAIN, LEAN, MEMSAVE, OTHERS, OURS, PLAIN, rivals
 from bench.conftest import DEVICE, DTYPE, marks
 from bench.group import Group
 from bench.networks import CAPTURED_AS, COMPILED_AS, IMAGENET, MEMSAVE_IS_INSTALLED, Captured, Step, floors_of, model_of
-from bench.oracle import NETWORK_TOLERANCE, NetworkOracle, _close
+from bench.oracle import NETWORK_TOLERANCE, NetworkOracle, close
 from bench.rates import rates
 from bench.turns import Effort, in_turns
 
@@ -73,9 +73,9 @@ def rows(net: Net) -> tuple[str, ...]:
         # Eager steps, where the host may be what is waited for, and the same steps captured in CUDA graphs.
         ours = tuple(f"{OURS} p = {p}" for p in (0.01, *net.parts))
         captured = (PLAIN, FROZEN, *(f"{OURS} p = {p}" for p in (0.01, 0.05, 0.1)))
-        return (PLAIN, AGAIN, FROZEN, *ours, *LEANS, *(CAPTURED_AS + row for row in captured), *known)
+        return (PLAIN, AGAIN, FROZEN, FROZEN_PLAIN, *ours, *LEANS, *(CAPTURED_AS + row for row in captured), *known)
     again = (AGAIN,) if net.name == FIRST else ()
-    return (PLAIN, *again, FROZEN, *(f"{OURS} p = {p}" for p in net.parts), *LEANS, *known)
+    return (PLAIN, *again, FROZEN, FROZEN_PLAIN, *(f"{OURS} p = {p}" for p in net.parts), *LEANS, *known)
 
 
 def compiled_rows(net: Net) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ def checked(net: str, row: str, images: Tensor, labels: Tensor, oracle: NetworkO
         return captured
     compiled = row.startswith(COMPILED_AS)
     if DEVICE == "cpu" or not compiled:
-        oracle.check(row, step.model, step.learner, images[few], labels[few])
+        oracle.check(row.removesuffix(" again"), step.model, step.learner, images[few], labels[few])
     if DEVICE == "cuda":
         # The first call compiles, the next ones warm up and record what is replayed from then on.
         for _ in range(3 if compiled else 1):
@@ -161,7 +161,7 @@ def check_replay(row: str, captured: Captured) -> None:
         gradients.append({name: p.grad.clone() for name, p in learned.items() if p.dim() > 1})
     replayed, eager = gradients
     for name in eager:
-        _close(f"gradient of {name} of {row}", replayed[name], eager[name], NETWORK_TOLERANCE)
+        close(f"gradient of {name} of {row}", replayed[name], eager[name], NETWORK_TOLERANCE)
 
 
 def timed(net: Net, steps: Mapping[str, Step | Captured], images: Tensor, effort: Effort) -> Group:

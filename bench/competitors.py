@@ -1,7 +1,7 @@
 """The ways people learn a part of a convolution today, each as its best self, beside ours.
 
 All take an nn.Conv2d and the number of filters to learn, the last ones, and compute what it computes. All but the plain
-one and LoRA learn the same weights; LoRA learns as many.
+and the frozen ones and LoRA give the same weights a gradient; LoRA learns as many.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from bench.group import PLAIN
 from rwn_ext import PartialConv2d
 
 OURS, LEAN, FROZEN = "rwn_ext", "rwn_ext lean", "all frozen (p = 0)"
+FROZEN_PLAIN = "frozen nn.Conv2d"
 SLICED, LORA = "sliced aten", "LoRA"
 CHECKPOINTED, MEMSAVE = "checkpointed nn.Conv2d", "memsave_torch, all frozen"
 
@@ -27,11 +28,13 @@ def plain(conv: nn.Conv2d, learned: int) -> nn.Module:
 
 
 def masked(conv: nn.Conv2d, learned: int) -> nn.Module:
-    """A hook zeroes the gradient of what is fixed."""
+    """A hook zeroes the gradient of what is fixed, in place. Weight decay still shrinks it."""
     conv = _copy(conv)
-    mask = torch.zeros_like(conv.weight)
-    mask[conv.out_channels - learned :] = 1
-    conv.weight.register_hook(lambda grad: grad * mask)
+
+    def mask(weight: Tensor) -> None:
+        weight.grad[:-learned].zero_()
+
+    conv.weight.register_post_accumulate_grad_hook(mask)
     return conv
 
 
@@ -47,12 +50,14 @@ class SplitCat(nn.Module):
         self.stride, self.padding, self.groups = conv.stride, conv.padding, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = torch.cat([self.fixed, self.learned])
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
+        return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding, groups=self.groups)
+
+    def weight(self) -> Tensor:
+        return torch.cat([self.fixed, self.learned])
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """A checkpoint is nn.Conv2d's."""
-        destination[f"{prefix}weight"] = torch.cat([self.fixed, self.learned.detach()])
+        destination[f"{prefix}weight"] = self.weight().detach().clone()
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -60,19 +65,23 @@ class SplitCat(nn.Module):
 class _SlicedFunction(torch.autograd.Function):
     """Slices grad_output before asking aten for the weight gradient: what one writes in an afternoon.
 
+    `whole` is a buffer into which the learned filters are copied. Under autocast the input is kept as it is multiplied.
     Groups are one, or as many as input channels and filters: of these the input is sliced, too.
     """
 
     @staticmethod
-    def forward(ctx, x, fixed, learned, bias, stride, padding, groups):
-        weight = torch.cat([fixed, learned])
-        ctx.save_for_backward(x, weight)
-        ctx.learned, ctx.stride, ctx.padding, ctx.groups = len(learned), stride, padding, groups
-        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+    def forward(ctx, x, whole, learned, bias, stride, padding, groups):
+        whole[-len(learned) :].copy_(learned)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        ctx.save_for_backward(x)
+        ctx.whole, ctx.learned, ctx.stride, ctx.padding, ctx.groups = whole, len(learned), stride, padding, groups
+        return F.conv2d(x, whole, bias, stride, padding, groups=groups)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        weight = ctx.whole.to(x.dtype)
         grad_x = grad_learned = grad_bias = None
         rest = (None, ctx.stride, ctx.padding, (1, 1), False, (0, 0))
         if ctx.needs_input_grad[0]:
@@ -90,10 +99,18 @@ class _SlicedFunction(torch.autograd.Function):
 
 
 class Sliced(SplitCat):
-    """The sliced gradient as a module."""
+    """The sliced gradient as a module. Nothing is concatenated, and the whole weight is not kept for backward."""
+
+    def __init__(self, conv: nn.Conv2d, learned: int) -> None:
+        super().__init__(conv, learned)
+        self.fixed = conv.weight.detach().clone(memory_format=torch.preserve_format)
 
     def forward(self, x: Tensor) -> Tensor:
         return _SlicedFunction.apply(x, self.fixed, self.learned, self.bias, self.stride, self.padding, self.groups)
+
+    def weight(self) -> Tensor:
+        self.fixed[-len(self.learned) :].copy_(self.learned.detach())
+        return self.fixed
 
 
 class ConvLoRA(nn.Module):
@@ -124,8 +141,13 @@ def ours(conv: nn.Conv2d, learned: int) -> nn.Module:
 
 
 def frozen(conv: nn.Conv2d, learned: int) -> nn.Module:
-    """Nothing is learned: the ceiling of what any way can reach."""
+    """Nothing is learned, and no input kept: the ceiling of what a faster weight gradient can reach."""
     return PartialConv2d.from_conv2d(conv, trainable=0)
+
+
+def frozen_plain(conv: nn.Conv2d, learned: int) -> nn.Module:
+    """Likewise in plain PyTorch, which keeps the input."""
+    return _copy(conv).requires_grad_(False)
 
 
 WAYS: dict[str, Callable[[nn.Conv2d, int], nn.Module]] = {
@@ -136,8 +158,9 @@ WAYS: dict[str, Callable[[nn.Conv2d, int], nn.Module]] = {
     LORA: ConvLoRA,
     OURS: ours,
     FROZEN: frozen,
+    FROZEN_PLAIN: frozen_plain,
 }
-OTHERS = tuple(name for name in WAYS if name not in (PLAIN, OURS, FROZEN))
+OTHERS = tuple(name for name in WAYS if name not in (PLAIN, OURS, FROZEN, FROZEN_PLAIN))
 _DENSE_ONLY = (ConvLoRA,)
 
 
@@ -153,6 +176,14 @@ def rivals(name: str, names: Iterable[str]) -> list[str]:
 
 
 _NAME = re.compile(r"(compiled |captured |)(.*?)( p = [\d.]+|)")
+
+
+def part_of(row: str) -> float:
+    """The fraction of each layer's filters that a network's row learns."""
+    part = _NAME.fullmatch(row)[3]  # type: ignore[index]
+    if part:
+        return float(part.removeprefix(" p = "))
+    return 0.0 if "frozen" in row else 1.0
 
 
 def learned_gradient(module: nn.Module, learned: int) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bench.competitors import CHECKPOINTED, FROZEN, LEAN, MEMSAVE, OURS, WAYS, with_convolutions
+from bench.competitors import CHECKPOINTED, FROZEN, FROZEN_PLAIN, LEAN, MEMSAVE, OURS, WAYS, with_convolutions
 from bench.floors import network_floor
 from bench.rates import Rates
 from rwn_ext import convert
@@ -36,6 +36,8 @@ def model_of(net: str, row: str) -> nn.Module:
         return checkpointed(model)
     if way == MEMSAVE:
         return memsave(model)
+    if way == FROZEN_PLAIN:
+        return with_convolutions(model, WAYS[way], 1.0)
     return with_convolutions(model, WAYS[way], float(part)) if part else model
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.competitors import learned_gradient
+from bench.competitors import ConvLoRA, learned_gradient, part_of
 from bench.layers import tolerance
 
 LOSS_TOLERANCE, NETWORK_TOLERANCE = 1e-4, 0.1
@@ -38,11 +38,11 @@ class LayerOracle:
         module.zero_grad()
         output = module(self.x)
         output.backward(self.cotangent)
-        _close(f"output of {name}", output, self.output, self.allowed)
-        _close(f"grad_input of {name}", self.x.grad, self.grad_input, self.allowed)
+        close(f"output of {name}", output, self.output, self.allowed)
+        close(f"grad_input of {name}", self.x.grad, self.grad_input, self.allowed)
         gradient = learned_gradient(getattr(module, "_orig_mod", module), learned) if learned else None
         if gradient is not None:
-            _close(f"grad_weight of {name}", gradient, self.grad_weight[-learned:], self.allowed)
+            close(f"grad_weight of {name}", gradient, self.grad_weight[-learned:], self.allowed)
 
 
 class NetworkOracle(NamedTuple):
@@ -60,18 +60,20 @@ class NetworkOracle(NamedTuple):
         return cls(loss.detach(), {name: m.weight.grad for name, m in convolutions.items()})
 
     def check(self, name: str, model: nn.Module, learner: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """WrongResultError where `learner`, which is `model` or calls it, computes something else in float32."""
+        """WrongResultError where `learner`, which is `model` or calls it, computes something else in float32.
+
+        Of each convolution the filters that a row of this name learns must have gradients, the last ones.
+        """
         without_dropout(model)
         with torch.backends.cudnn.flags(allow_tf32=False):
             loss = F.cross_entropy(learner(images), labels)
             loss.backward()
-        _close(f"loss of {name}", loss, self.loss, LOSS_TOLERANCE)
+        close(f"loss of {name}", loss, self.loss, LOSS_TOLERANCE)
         for layer, expected in self.gradients.items():
-            module = model.get_submodule(layer)
-            learned = _learned(module)
-            gradient = learned_gradient(module, learned) if learned else None
-            if gradient is not None:
-                _close(f"grad_weight of {layer} of {name}", gradient, expected[-learned:], NETWORK_TOLERANCE)
+            module, learned = model.get_submodule(layer), int(len(expected) * part_of(name))
+            if learned and not isinstance(module, ConvLoRA):
+                gradient = learned_gradient(module, learned)
+                close(f"grad_weight of {layer} of {name}", gradient, expected[-learned:], NETWORK_TOLERANCE)
         model.zero_grad()
         model.train()
 
@@ -85,18 +87,10 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def _learned(module: nn.Module) -> int:
-    """How many of its last filters learn."""
-    for name in ("weight_trainable", "learned"):
-        if hasattr(module, name):
-            parameter = getattr(module, name)
-            return 0 if parameter is None else len(parameter)
-    weight = getattr(module, "weight", None)
-    return 0 if weight is None or weight.grad is None else int(weight.grad.flatten(1).any(1).sum())
-
-
-def _close(what: str, actual: Tensor | None, expected: Tensor | None, allowed: float) -> None:
-    assert actual is not None and expected is not None, f"there is no {what}"
+def close(what: str, actual: Tensor | None, expected: Tensor | None, allowed: float) -> None:
+    assert expected is not None
+    if actual is None or actual.shape != expected.shape:
+        raise WrongResultError(f"there is no {what}, or another: {actual if actual is None else tuple(actual.shape)}")
     error = ((actual.double() - expected).norm() / expected.norm()).item()
     # Not "greater": NaN is wrong too.
     if not error <= allowed:

@@ -13,7 +13,20 @@ import torch
 from torch import nn
 
 from bench import machine, networks, pictures, readme, report, turns, wire
-from bench.competitors import CHECKPOINTED, FROZEN, LEAN, LORA, OTHERS, OURS, PLAIN, WAYS, rivals, with_convolutions
+from bench.competitors import (
+    CHECKPOINTED,
+    FROZEN,
+    FROZEN_PLAIN,
+    LEAN,
+    LORA,
+    OTHERS,
+    OURS,
+    PLAIN,
+    SLICED,
+    WAYS,
+    rivals,
+    with_convolutions,
+)
 from bench.floors import convolution_floor, network_floor, predicted
 from bench.group import WHOLE, Group, Ratio, ratio
 from bench.networks import Step, checkpointed
@@ -210,7 +223,7 @@ def test_a_picture_is_of_its_results_and_its_code(tmp_path):
 
 
 def test_every_way_looks_its_own(tmp_path):
-    names = [*WAYS, LEAN, CHECKPOINTED, "frozen nn.Conv2d", "another way p = 0.1", "memsave_torch, all frozen"]
+    names = [*WAYS, LEAN, CHECKPOINTED, "another way p = 0.1", "memsave_torch, all frozen"]
     found = pictures.looks(names)
     assert len({look.color for look in found.values()}) == len(found) == len(names)
     alike = (PLAIN, f"{PLAIN} again", f"compiled {PLAIN}", f"captured {PLAIN}")
@@ -344,7 +357,7 @@ def test_every_way_computes_a_convolution(way: str, groups: int):
     if way == LORA and groups > 1:
         pytest.skip("it is for dense convolutions")
     conv, exact = convolution(groups)
-    exact.check(way, WAYS[way](conv, 2), 0 if way == FROZEN else 2)
+    exact.check(way, WAYS[way](conv, 2), 0 if "frozen" in way else 2)
 
 
 def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch):
@@ -368,7 +381,7 @@ def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     images, labels = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     exact = NetworkOracle.of(networks.model_of("wrn-10-1", PLAIN), images, labels)
     assert len(exact.gradients) == 9
-    for row in (PLAIN, FROZEN, CHECKPOINTED, *(f"{way} p = 0.4" for way in (OURS, LEAN, *OTHERS))):
+    for row in (PLAIN, FROZEN, FROZEN_PLAIN, CHECKPOINTED, *(f"{way} p = 0.4" for way in (OURS, LEAN, *OTHERS))):
         model = networks.model_of("wrn-10-1", row)
         exact.check(row, model, model, images, labels)
         assert model.training and all(p.grad is None for p in model.parameters())
@@ -380,7 +393,28 @@ def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ops, "_run", lambda *args, **kwargs: right(*args, **kwargs).flip(0))
     with pytest.raises(WrongResultError, match="grad_weight of"):
         model = networks.model_of("wrn-10-1", f"{OURS} p = 0.4")
-        exact.check("flipped", model, model, images, labels)
+        exact.check(f"{OURS} p = 0.4", model, model, images, labels)
+    # Fewer filters than the row's.
+    with pytest.raises(WrongResultError, match=r"no grad_weight of .* of rwn_ext p = 0.8, or another"):
+        exact.check(f"{OURS} p = 0.8", model, model, images, labels)
+
+
+@pytest.mark.parametrize("net", ["wrn-10-1", "densenet-bc-22-12", "mobilenet-v2"])
+def test_both_frozen_networks_learn_the_same(net: str):
+    learned = [
+        sorted(tuple(p.shape) for p in networks.model_of(net, row).parameters() if p.requires_grad)
+        for row in (FROZEN, FROZEN_PLAIN)
+    ]
+    assert learned[0] == learned[1]
+
+
+def test_sliced_gradients_under_autocast():
+    conv, x = nn.Conv2d(8, 16, 3, padding=1), torch.randn(2, 8, 6, 6)
+    plain, sliced = WAYS[PLAIN](conv, 4), WAYS[SLICED](conv, 4)
+    for module in (plain, sliced):
+        with torch.autocast("cpu", torch.bfloat16):
+            module(x).float().square().mean().backward()
+    torch.testing.assert_close(sliced.learned.grad, plain.weight.grad[-4:], rtol=0.02, atol=1e-3)
 
 
 def test_the_bytes_a_checkpointed_step_keeps_are_the_allocator_s(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -22,18 +23,18 @@ def interleaved(
     warmup: int = 2,
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Runs every contender once a round, in an order that rotates; the seconds that each took, round by round.
+    """Runs every contender once a round, each time in another order; the seconds that each took, round by round.
 
-    Drift of the machine then hits all alike, and a ratio of two contenders is best taken within rounds (`ratio`).
+    Drift of the machine then hits all alike, and so does what a contender leaves in the caches for the next one. A
+    ratio of two contenders is best taken within rounds (`ratio`).
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         for _ in range(warmup):
             run()
-    names = list(contenders)
-    for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(contenders), len(contenders)):
             started = synchronized_clock()
             contenders[name]()
             seconds[name].append(synchronized_clock() - started)
