@@ -49,8 +49,8 @@ def weight_grad(
     there is one, goes `grad_output[:, filters].sum((0, 2, 3))`. With `depthwise`, of a convolution with as many groups
     as channels and filters; `input` (N, Kt, H, W) then holds the channels of `filters` alone, and there is no `bias`.
     All are float32 on the CPU, of any strides; the order of the sums depends on the sizes alone, not on the number of
-    threads (torch's). `instructions` names an instruction set of `native.INSTRUCTIONS`, by default the best here;
-    ValueError for another.
+    threads (torch's). `instructions` names an instruction set of `native.INSTRUCTIONS`, by default the best here for
+    so many channels; ValueError for another.
     """
     task = _task(
         input.shape, input.stride(), grad_output.shape, grad_output.stride(), filters, out.stride(), kernel_size,

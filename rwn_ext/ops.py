@@ -227,11 +227,16 @@ def conv2d_grads(
         input.device, layout, input.dtype, False,
     )  # fmt: skip
     if planned.with_input and not misreads(input, kernel_size, stride):
-        grad_input, whole, _ = torch.ops.aten.convolution_backward.default(
-            grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, True, False)
-        )
-        grad_weight = _copied(whole, filters, layout)
-        return grad_input, grad_weight if grad_weight.dtype == dtype else grad_weight.to(dtype), None
+        grad_input, whole, sums = torch.ops.aten.convolution_backward.default(
+            grad_output, input, weight, [weight.size(0)] if bias else None, stride, padding, dilation, False, (0, 0),
+            groups, (True, True, bias),
+        )  # fmt: skip
+        grad_weight, grad_bias = _copied(whole, filters, layout), None
+        if bias:
+            grad_bias = _copied(sums, filters, torch.contiguous_format)
+        if input.dtype != dtype:
+            grad_weight, grad_bias = grad_weight.to(dtype), None if grad_bias is None else grad_bias.to(dtype)
+        return grad_input, grad_weight, grad_bias
     return conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry), *_weight_grads(
         planned, grad_output, input, filters, groups, dtype, bias
     )

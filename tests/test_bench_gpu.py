@@ -101,7 +101,8 @@ def test_a_stage_passes_fails_or_is_stopped_with_all_it_started(tmp_path):
     assert not left
 
 
-def test_what_is_stopped_keeps_what_it_has_measured(tmp_path):
+def test_what_is_stopped_keeps_what_it_has_measured(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "GRACE", 60)  # as long as a busy machine needs
     (tmp_path / "bench_some.py").write_text("""
 import time
 from pathlib import Path

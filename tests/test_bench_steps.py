@@ -9,7 +9,7 @@ import torch
 
 from bench import bench_steps, networks
 from bench.bench_steps import AGAIN, GPU_NETS, KNOWN, LEANS, Net, check_replay, measured, rows
-from bench.competitors import CHECKPOINTED, FROZEN, OTHERS, OURS, PLAIN
+from bench.competitors import CHECKPOINTED, FROZEN, FROZEN_PLAIN, OTHERS, OURS, PLAIN
 from bench.networks import CAPTURED_AS, Step
 from bench.oracle import WrongResultError
 from bench.rates import Rates
@@ -17,7 +17,7 @@ from bench.turns import FEWEST, Effort
 from rwn_ext.paper.networks import build
 
 SMALL = Net("wrn-10-1", 2, Effort(0, FEWEST, FEWEST), 8, (0.1,))
-SMALL_ROWS = {PLAIN, FROZEN, f"{OURS} p = 0.1", *LEANS, *KNOWN}
+SMALL_ROWS = {PLAIN, FROZEN, FROZEN_PLAIN, f"{OURS} p = 0.1", *LEANS, *KNOWN}
 
 
 def test_a_gpu_meets_everybody(monkeypatch: pytest.MonkeyPatch):

@@ -34,7 +34,8 @@ class WeightGrad {
              const Strides& gradient_stride, std::vector<int64_t> filters, const Strides& result_stride,
              const Pair& kernel_size, const Pair& stride, const Pair& padding, const Pair& dilation, bool depthwise,
              const std::string& instructions)
-      : code_(instructions.empty() ? **codes() : code_named(instructions)), filters_(std::move(filters)) {
+      : code_(instructions.empty() ? code_for(input_size[1], depthwise) : code_named(instructions)),
+        filters_(std::move(filters)) {
     if (filters_.empty()) throw py::value_error("filters=[] asks for the gradient of no filter");
     if (depthwise && input_size[1] != int(filters_.size())) {
       throw py::value_error("input_size has " + std::to_string(input_size[1]) + " channels for " +

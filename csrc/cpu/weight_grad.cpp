@@ -32,6 +32,12 @@ const Code* const* codes() {
   return found.data();
 }
 
+const Code& code_for(int channels, bool depthwise) {
+  const Code* const* code = codes();
+  while ((depthwise ? (*code)->depthwise_tile : (*code)->tile) > channels && code[1] && code[2]) ++code;
+  return **code;
+}
+
 namespace {
 
 // So many items keep a large machine busy; a split costs a sum more, and one of all channels a larger one.

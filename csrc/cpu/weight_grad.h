@@ -45,6 +45,10 @@ struct Code {
 // Those that this machine can run, the best first; then nullptr.
 const Code* const* codes();
 
+// The best for so many channels: wide registers that they do not fill are slower than narrow ones. The last resort is
+// none for that.
+const Code& code_for(int channels, bool depthwise);
+
 // result[k, c, r, s] = sum over n, p, q of grad_output[n, filters[k], p, q] * input[n, c, p', q'], where
 // p' = p * stride_h + r * dilation_h - padding_h, q' likewise; of depthwise filters result[k, 0, r, s], c being k. The
 // order of the sums depends on the sizes alone, not on `threads`. Unless it is null or the filters are depthwise,
