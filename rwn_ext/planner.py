@@ -316,19 +316,21 @@ def _triton_obstacle(p: Problem) -> str | None:
 # wherever it can be used and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than 8 its
 # sums are of nothing but for a part, which three filters of 3x3 can bear. With one tap it wins while it waits for
 # memory, as a matrix product so narrow is not shared among threads, and where there are so few pixels that the
-# preparations of a product are felt. Of depthwise filters it wins unless it must copy many channels of contiguous
+# preparations of a product are felt; with AVX-512 always, and oneDNN is faster than the product, too (measured on AMD's
+# Zen 5, where MKL uses AVX2). Of depthwise filters it wins unless it must copy many channels of contiguous
 # pixels; with large kernels even then. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN
 # computes filters in blocks of a vector register, so a block saved is a gain and less is none; and a few million
 # multiply-adds take less time than a call of the library, of which "full" needs one less.
+CPU_WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CPU_DIRECT_CHANNELS = 8
 CPU_DIRECT_SHALLOW_TAPS, CPU_DIRECT_SHALLOW_FILTERS = 9, 3
-CPU_DIRECT_POINTWISE_FILTERS = 24
+CPU_DIRECT_POINTWISE_FILTERS = 192 if CPU_WIDE else 24
 CPU_DIRECT_POINTWISE_PIXELS = 1024
 CPU_DIRECT_DEPTHWISE_CHANNELS, CPU_DIRECT_DEPTHWISE_INPUTS, CPU_DIRECT_DEPTHWISE_TAPS = 16, 128 * 1024, 9
 # Unfolded columns: while they are no more than this many for each input channel, the copy costs less than it spares.
 CPU_UNFOLD_COLUMNS_PER_CHANNEL = 2
 CPU_UNFOLD_CHANNELS = 64
-CPU_FILTER_BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+CPU_FILTER_BLOCK = 16 if CPU_WIDE else 8
 CPU_CALL_MULTIPLY_ADDS = 4_000_000
 # A prediction is not exact: a kernel of this package is taken where it is predicted to need this share of the library's
 # time; a CUDA kernel, where it needs this share of a Triton kernel's too. No prediction was compared with a device yet.
@@ -386,7 +388,7 @@ def _by_measured_limits(p: Problem) -> Plan:
     saved = (all_blocks - blocks) * CPU_FILTER_BLOCK * p.channels * r * s * pixels
     if saved < CPU_CALL_MULTIPLY_ADDS:
         return Plan("full", f"the {saved:,} multiply-adds of the fixed filters cost less than another call")
-    if p.channels_last and not _obstacle(p, "matmul"):
+    if p.channels_last and not CPU_WIDE and not _obstacle(p, "matmul"):
         return Plan("matmul", "1x1 filters of channels_last tensors are a matrix product of what is there")
     if (
         p.channels_last

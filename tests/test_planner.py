@@ -18,6 +18,13 @@ def no_remembered_plans():
     plan.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch):
+    """A CPU without AVX-512."""
+    for limit, value in (("WIDE", False), ("DIRECT_POINTWISE_FILTERS", 24), ("FILTER_BLOCK", 8)):
+        monkeypatch.setattr(planner, f"CPU_{limit}", value)
+
+
 @pytest.fixture
 def no_interpreter(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -56,6 +63,11 @@ OLD = replace(costs.A100, name="V100", arch=70)
 def test_heuristic(change: dict, picked: str, without_cpu_kernel):
     chosen = plan(replace(LAYER, **change))
     assert chosen.algorithm == picked and chosen.reason
+
+
+def test_wide_registers_need_no_matrix_product(monkeypatch: pytest.MonkeyPatch, without_cpu_kernel):
+    monkeypatch.setattr(planner, "CPU_WIDE", True)
+    assert plan(replace(LAYER, kernel_size=(1, 1), padding=(0, 0))).algorithm == "gather"
 
 
 @pytest.mark.skipif(cpu.native is None, reason="rwn_ext was built without a C++ compiler")
