@@ -59,11 +59,22 @@ def partial_conv2d(
     example = weight_frozen if weight_trainable is None else weight_trainable
     if example is None:
         raise ValueError("partial_conv2d needs weight_trainable, weight_frozen or both")
-    layer = _layer(partition, example.shape[2:], stride, padding, dilation, padding_mode, algorithm)
-    batched = _settled(input, layer, partition, example.dtype)
+    layer = constants(partition, example.shape[2:], stride, padding, dilation, padding_mode, algorithm)
     weights, biases = (weight_trainable, weight_frozen, weight_frozen_inputs), (bias_trainable, bias_frozen)
-    learned = weight_trainable is not None and weight_trainable.requires_grad
-    everything = learned and weight_frozen is None and weight_frozen_inputs is None
+    return convolved(input, weights, biases, layer, partition)
+
+
+def convolved(
+    input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer,
+    partition: Partition,
+) -> Tensor:  # fmt: skip
+    """`partial_conv2d` of these parts, its constants known."""
+    trainable, frozen, frozen_inputs = weights
+    example = frozen if trainable is None else trainable
+    assert example is not None
+    batched = _settled(input, layer, partition, example.dtype)
+    learned = trainable is not None and trainable.requires_grad
+    everything = learned and frozen is None and frozen_inputs is None
     with without_autocast(batched):
         if ops.transformed() or (everything and layer.algorithm in ("auto", "full")):
             output = _plain_conv2d(batched, weights, biases, layer)
@@ -128,12 +139,12 @@ def settle(
     padding_mode: str, partition: Partition, dtype: torch.dtype,
 ) -> tuple[Tensor, Layer]:  # fmt: skip
     """The batched, padded, cast input of the convolution proper, and its constants."""
-    layer = _layer(partition, kernel_size, stride, padding, dilation, padding_mode, "auto")
+    layer = constants(partition, kernel_size, stride, padding, dilation, padding_mode, "auto")
     return _settled(input, layer, partition, dtype), layer
 
 
 def _plain_conv2d(
-    input: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], layer: Layer
+    input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer
 ) -> Tensor:
     """In operations that PyTorch differentiates in every way; nothing beats them where everything is learned."""
     weight, bias = _plain_weights(input, weights, biases, layer)
@@ -141,7 +152,7 @@ def _plain_conv2d(
 
 
 def _plain_weights(
-    input: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], layer: Layer | LinearLayer
+    input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer | LinearLayer
 ) -> tuple[Tensor, Tensor | None]:
     """The whole weight and bias, in the input's type."""
     (weight_trainable, *weights_frozen), (bias_trainable, bias_frozen) = weights, biases
@@ -153,7 +164,7 @@ def _constant(part: Tensor | None) -> Tensor | None:
     return None if part is None else part.detach()
 
 
-def _layer(
+def constants(
     partition: Partition, kernel_size: Sequence[int], stride: int | Pair, padding: int | Pair | str,
     dilation: int | Pair, padding_mode: str, algorithm: str | None,
 ) -> Layer:  # fmt: skip

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from rwn_ext import zeroed
-from rwn_ext.functional import partial_conv2d, partial_linear, weight_grad_problem
+from rwn_ext.autograd import Layer
+from rwn_ext.functional import constants, convolved, partial_conv2d, partial_linear, weight_grad_problem
 from rwn_ext.ops import Pair
 from rwn_ext.partial_layer import PartialLayer
-from rwn_ext.partition import BIAS_PARTS, WEIGHT_PARTS
+from rwn_ext.partition import BIAS_PARTS, WEIGHT_PARTS, Partition
 from rwn_ext.planner import Problem, requested
 
 
@@ -93,6 +94,7 @@ class PartialConv2d(_PartialConv):
     stride: Pair
     padding: Pair | str
     dilation: Pair
+    _known: tuple[Partition, tuple[Any, ...], Layer] | None = None
 
     def __init__(
         self,
@@ -146,11 +148,17 @@ class PartialConv2d(_PartialConv):
             )  # fmt: skip
         input = zeroed.dense(input)
         self._note_capture(input)
-        learned, fixed, fixed_inputs, bias_learned, bias_fixed = self._parts(WEIGHT_PARTS + BIAS_PARTS)
-        return partial_conv2d(
-            input, learned, fixed, fixed_inputs, bias_learned, bias_fixed, self.stride, self.padding, self.dilation,
-            self.padding_mode, partition=self.partition, algorithm=self.algorithm,
-        )  # fmt: skip
+        weights, biases = self._parts(WEIGHT_PARTS), self._parts(BIAS_PARTS)
+        return convolved(input, weights, biases, self._constants(), self.partition)
+
+    def _constants(self) -> Layer:
+        """Remembered while nothing that they depend on changes: small layers feel the look-up."""
+        choices = (self.stride, self.padding, self.dilation, self.padding_mode, requested(self.algorithm))
+        if torch.compiler.is_compiling():
+            return constants(self.partition, self.kernel_size, *choices)
+        if self._known is None or self._known[0] is not self.partition or self._known[1] != choices:
+            self._known = self.partition, choices, constants(self.partition, self.kernel_size, *choices)
+        return self._known[2]
 
     def problem(self, input: Tensor) -> Problem:
         """The weight gradient this layer computes for such an input, for `rwn_ext.planner.explain`."""

@@ -216,15 +216,16 @@ def conv2d_grads(
 
     The library's whole gradients come from one call, which small layers feel.
     """
-    geometry = (kernel_size, stride, padding, dilation, groups)
     if _watched() or transformed() or scale is not None:
+        geometry = (kernel_size, stride, padding, dilation, groups)
         return conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry), *conv2d_weight_grads(
             grad_output, input, filters, *geometry, algorithm, dtype, bias, scale, shift
         )
-    dtype, layout = dtype or input.dtype, memory_format(input)
+    device, number, layout = input.device, input.dtype, memory_format(input)
+    dtype = dtype or number
     planned = _planned(
-        float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), filters, *geometry,
-        input.device, layout, input.dtype, False,
+        float32_precision(device, number), algorithm, input.shape, weight.size(0), filters, kernel_size, stride,
+        padding, dilation, groups, device, layout, number, False,
     )  # fmt: skip
     if planned.with_input and not misreads(input, kernel_size, stride):
         grad_input, whole, sums = torch.ops.aten.convolution_backward.default(
@@ -234,12 +235,13 @@ def conv2d_grads(
         grad_weight, grad_bias = _copied(whole, filters, layout), None
         if bias:
             grad_bias = _copied(sums, filters, torch.contiguous_format)
-        if input.dtype != dtype:
+        if number != dtype:
             grad_weight, grad_bias = grad_weight.to(dtype), None if grad_bias is None else grad_bias.to(dtype)
         return grad_input, grad_weight, grad_bias
-    return conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry), *_weight_grads(
-        planned, grad_output, input, filters, groups, dtype, bias
-    )
+    grad_input = conv2d_input_grad(
+        grad_output, weight, input.shape[2:], kernel_size, stride, padding, dilation, groups
+    )  # fmt: skip
+    return grad_input, *_weight_grads(planned, grad_output, input, filters, groups, dtype, bias)
 
 
 def take(tensor: Tensor, runs: Runs, axis: int) -> Tensor:
@@ -725,8 +727,8 @@ def misreads(input: Tensor, kernel_size: Pair, stride: Pair) -> bool:
     In version 3.12 it is, in bfloat16 with AVX-512's instructions for it, where a step of the filters is wider than the
     image: what happens to lie in memory is added, to plain `nn.Conv2d`'s gradient alike.
     """
-    narrow = input.size(3) < stride[1] and kernel_size[1] > 1
-    return narrow and input.is_cpu and input.dtype == torch.bfloat16
+    half = input.dtype == torch.bfloat16 and input.is_cpu
+    return half and kernel_size[1] > 1 and input.size(3) < stride[1]
 
 
 def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
