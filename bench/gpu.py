@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -121,12 +121,7 @@ def run(stage: Stage, log: Path) -> tuple[str, float]:
     running = []
     for command, file in zip(stage.commands, logs, strict=True):
         with file.open("w") as stream:
-            # A group of its own, so that what a command has started ends with it.
-            running.append(
-                subprocess.Popen(
-                    (*command, *budget), cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            )
+            running.append(start((*command, *budget), stream))
     try:
         for process in running:
             code = process.wait(max(0.0, started + stage.seconds - time.monotonic()))
@@ -137,6 +132,17 @@ def run(stage: Stage, log: Path) -> tuple[str, float]:
     finally:
         end([process for process in running if process.poll() is None])
     return outcome, time.monotonic() - started
+
+
+def start(command: Sequence[str], stream: IO[str], **options: Any) -> subprocess.Popen:
+    """Starts a command in a group of its own, so that what it starts ends with it, and where interrupts reach it.
+
+    They do not by themselves where whoever started this program ignores them, as for a shell's background jobs.
+    """
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
+    )  # fmt: skip
 
 
 def end(running: Sequence[subprocess.Popen]) -> None:

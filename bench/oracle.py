@@ -59,18 +59,23 @@ class NetworkOracle(NamedTuple):
         convolutions = {name: m for name, m in exact.named_modules() if isinstance(m, nn.Conv2d)}
         return cls(loss.detach(), {name: m.weight.grad for name, m in convolutions.items()})
 
-    def check(self, name: str, model: nn.Module, learner: nn.Module, images: Tensor, labels: Tensor) -> None:
+    def check(
+        self, name: str, model: nn.Module, learner: nn.Module, images: Tensor, labels: Tensor,
+        part: float | None = None,
+    ) -> None:  # fmt: skip
         """WrongResultError where `learner`, which is `model` or calls it, computes something else in float32.
 
-        Of each convolution the filters that a row of this name learns must have gradients, the last ones.
+        Of each convolution the last filters must have gradients: a fraction or, as an int, a count `part` of them, by
+        default the fraction that a row of this name learns.
         """
+        part = part_of(name) if part is None else part
         without_dropout(model)
         with torch.backends.cudnn.flags(allow_tf32=False):
             loss = F.cross_entropy(learner(images), labels)
             loss.backward()
         close(f"loss of {name}", loss, self.loss, LOSS_TOLERANCE)
         for layer, expected in self.gradients.items():
-            module, learned = model.get_submodule(layer), int(len(expected) * part_of(name))
+            module, learned = model.get_submodule(layer), part if isinstance(part, int) else int(len(expected) * part)
             if learned and not isinstance(module, ConvLoRA):
                 gradient = learned_gradient(module, learned)
                 close(f"grad_weight of {layer} of {name}", gradient, expected[-learned:], NETWORK_TOLERANCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,12 +116,14 @@ def test_slow():
     time.sleep(60)
 """)
     results, log = tmp_path / "some.json", (tmp_path / "log").open("w")
-    command = (sys.executable, "-m", "pytest", tmp_path / "bench_some.py", f"--benchmark-json={results}")
+    command = (sys.executable, "-m", "pytest", str(tmp_path / "bench_some.py"), f"--benchmark-json={results}")
     # Whoever runs beside others does not measure.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    process = subprocess.Popen(
-        (*command, f"--rootdir={tmp_path}"), cwd=ROOT, stdout=log, start_new_session=True, env=alone
-    )
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = gpu.start((*command, f"--rootdir={tmp_path}"), log, env=alone)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     while not (tmp_path / "slow").exists():
         time.sleep(0.1)
     gpu.end([process])
