@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.competitors import FROZEN, LEAN, OURS, rivals
+from bench.competitors import FROZEN, FROZEN_PLAIN, LEAN, OURS, rivals
 from bench.group import PLAIN, PLAIN_GRADIENTS, WHOLE, Ratio
 from bench.results import Entry, Results, Source, groups
 
@@ -342,7 +342,9 @@ def _method(results: Results) -> str:
         "## How this was measured",
         f"Python {machine['python_version']}, torch {machine['torch']}, {machine['dtype']}, channels_last, "
         f"{machine['threads']} CPU threads; the code and the device's measured rates by file of results:",
-        _markdown([["", "commit", "copy, GB/s", "matrix product, GFLOP/s"], *map(_source, results.sources)], words=2),
+        _markdown(
+            [["", "commit", "copy, GB/s", "product or convolution, GFLOP/s"], *map(_source, results.sources)], words=2
+        ),
         "Contenders of a table took turns in one process, round by round, so that drift of the machine hits all alike. "
         "A ratio is the median over rounds of the ratio within a round, with its 95 % interval from order statistics: "
         "of twenty such intervals one may miss the true median, so that chance decides a few comparisons. "
@@ -352,13 +354,20 @@ def _method(results: Results) -> str:
         "multiplies at that rate, whichever takes longer." + _beyond_the_floor(results),
         "Bytes kept for backward: of a training step what the allocator holds between forward and backward, "
         "checkpointing included; of a layer what autograd saves. Parameters do not count.",
-        f"`{FROZEN}` learns no filter: the ceiling of what any weight gradient can reach. LoRA learns other weights, "
-        "as many. Activation checkpointing of a single layer saves nothing and memsave_torch has no part of a layer, "
-        "so both are among networks only, memsave_torch where it is installed.",
+        f"`{FROZEN}` learns no filter: the ceiling of what a faster weight gradient can reach. `{FROZEN_PLAIN}` is "
+        "the same in plain PyTorch, which calls less and keeps more. LoRA learns other weights, as many. Activation "
+        "checkpointing of a single layer saves nothing and memsave_torch has no part of a layer, so both are among "
+        "networks only, memsave_torch where it is installed. To compile a network takes a CPU a minute: there, one "
+        "network and one layer are measured compiled.",
     ]
     tested = [f"{', '.join(test['files'])} ({test['outcome']})" for test in results.tests]
     if tested:
         lines.append(f"Tested before: {'; '.join(dict.fromkeys(tested))}.")
+    lines += [
+        f"{source.left_out} cases of {source.name} are left out: there was no time for them."
+        for source in results.sources
+        if source.left_out
+    ]
     return "\n\n".join(lines)
 
 

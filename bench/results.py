@@ -47,6 +47,8 @@ class Source:
     name: str
     commit: dict[str, Any] | None
     rates: dict[str, float] | None
+    left_out: int = 0
+    """Cases that there was no time for."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _source(path: Path, content: dict[str, Any]) -> Source:
-    return Source(path.name, content.get("commit_info"), content.get("machine_info", {}).get("rates"))
+    rates = content.get("machine_info", {}).get("rates")
+    return Source(path.name, content.get("commit_info"), rates, content.get("left_out", 0))
 
 
 def _entry(path: Path, raw: dict[str, Any]) -> Entry:

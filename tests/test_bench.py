@@ -200,6 +200,14 @@ def test_speeds_relative_to_the_ceiling_have_their_section(tmp_path):
     assert "| a net | 32 | 9 | 0.50 [0.25, 0.80] |" in page(load(folder))
 
 
+def test_the_page_says_what_there_was_no_time_for(tmp_path):
+    folder = written(tmp_path / "new", {PLAIN: steady(1.0), OURS: steady(0.9)})
+    assert "left out" not in page(load(folder))
+    file = folder / "bench.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"left_out": 3}))
+    assert "3 cases of bench.json are left out" in page(load(folder))
+
+
 def test_report_writes_the_page_and_its_pictures(tmp_path, capsys):
     folder = written(tmp_path / "new", {PLAIN: steady(1.0), "rwn_ext": steady(0.9)})
     assert report.main([str(folder)]) == 0
