@@ -153,8 +153,8 @@ void sum(const Problem& p, const Cut& cut, float* result, int threads, const Cor
   const int64_t sums = int64_t(p.taps()) * cut.filters * cut.tile;
   const Floats partial = allocate(splits * tiles * sums);
   run(threads, cut.shares() * splits, [&](int64_t i, int thread) {
-    // Tiles of the same images follow each other: neighbouring channels share what the caches fetch.
-    const int64_t tile = i % cut.shares() * tiles_each, split = i / cut.shares();
+    // A tile's splits follow each other: most often one thread computes them all and adds them up.
+    const int64_t tile = i / splits * tiles_each, split = i % splits;
     const int first = int(p.batch * split / splits), end = int(p.batch * (split + 1) / splits);
     const Item item = {first, end - first, cut.first_channel(tile),
                        cut.wide ? cut.channels : std::min(cut.tile, cut.channels)};
