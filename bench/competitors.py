@@ -31,10 +31,11 @@ def masked(conv: nn.Conv2d, learned: int) -> nn.Module:
     """A hook zeroes the gradient of what is fixed, in place. Weight decay still shrinks it."""
     conv = _copy(conv)
 
-    def mask(weight: Tensor) -> None:
-        weight.grad[:-learned].zero_()
+    def mask(parameter: Tensor) -> None:
+        parameter.grad[:-learned].zero_()
 
-    conv.weight.register_post_accumulate_grad_hook(mask)
+    for parameter in conv.parameters():
+        parameter.register_post_accumulate_grad_hook(mask)
     return conv
 
 
@@ -43,59 +44,60 @@ class SplitCat(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, learned: int) -> None:
         super().__init__()
-        fixed, own = conv.weight.detach().split([conv.out_channels - learned, learned])
-        self.register_buffer("fixed", fixed.clone(memory_format=torch.preserve_format))
-        self.learned = nn.Parameter(own.clone(memory_format=torch.preserve_format))
-        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
+        self.register_buffer("fixed", _clone(conv.weight[:-learned]))
+        self.learned = nn.Parameter(_clone(conv.weight[-learned:]))
+        self.register_buffer("fixed_bias", None if conv.bias is None else _clone(conv.bias[:-learned]))
+        self.bias = None if conv.bias is None else nn.Parameter(_clone(conv.bias[-learned:]))
         self.stride, self.padding, self.groups = conv.stride, conv.padding, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding, groups=self.groups)
+        return F.conv2d(x, *self.wholes(), self.stride, self.padding, groups=self.groups)
 
-    def weight(self) -> Tensor:
-        return torch.cat([self.fixed, self.learned])
+    def wholes(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
+        bias = None if self.bias is None else torch.cat([self.fixed_bias, self.bias])
+        return torch.cat([self.fixed, self.learned]), bias
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """A checkpoint is nn.Conv2d's."""
-        destination[f"{prefix}weight"] = self.weight().detach().clone()
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+        for name, whole in zip(("weight", "bias"), self.wholes(), strict=True):
+            if whole is not None:
+                destination[f"{prefix}{name}"] = whole.detach().clone()
 
 
 class _SlicedFunction(torch.autograd.Function):
     """Slices grad_output before asking aten for the weight gradient: what one writes in an afternoon.
 
-    `whole` is a buffer into which the learned filters are copied. Under autocast the input is kept as it is multiplied.
-    Groups are one, or as many as input channels and filters: of these the input is sliced, too.
+    `whole` and `whole_bias` are buffers into which what is learned is copied. Under autocast the input is kept as it is
+    multiplied. Groups are one, or as many as input channels and filters: of these the input is sliced, too.
     """
 
     @staticmethod
-    def forward(ctx, x, whole, learned, bias, stride, padding, groups):
-        whole[-len(learned) :].copy_(learned)
+    def forward(ctx, x, whole, learned, whole_bias, bias, stride, padding, groups):
+        count = len(learned)
+        whole[-count:].copy_(learned)
+        if bias is not None:
+            whole_bias[-count:].copy_(bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         ctx.save_for_backward(x)
-        ctx.whole, ctx.learned, ctx.stride, ctx.padding, ctx.groups = whole, len(learned), stride, padding, groups
-        return F.conv2d(x, whole, bias, stride, padding, groups=groups)
+        ctx.whole, ctx.count, ctx.stride, ctx.padding, ctx.groups = whole, count, stride, padding, groups
+        return F.conv2d(x, whole, whole_bias, stride, padding, groups=groups)
 
     @staticmethod
     def backward(ctx, grad_output):
-        (x,) = ctx.saved_tensors
+        (x,), count, backward = ctx.saved_tensors, ctx.count, torch.ops.aten.convolution_backward
         weight = ctx.whole.to(x.dtype)
         grad_x = grad_learned = grad_bias = None
-        rest = (None, ctx.stride, ctx.padding, (1, 1), False, (0, 0))
+        geometry = (ctx.stride, ctx.padding, (1, 1), False, (0, 0))
         if ctx.needs_input_grad[0]:
-            mask = (True, False, False)
-            grad_x = torch.ops.aten.convolution_backward(grad_output, x, weight, *rest, ctx.groups, mask)[0]
+            grad_x = backward(grad_output, x, weight, None, *geometry, ctx.groups, (True, False, False))[0]
         if ctx.needs_input_grad[2]:
-            mask = (False, True, False)
-            own = grad_output[:, -ctx.learned :]
-            seen, groups = (x, 1) if ctx.groups == 1 else (x[:, -ctx.learned :], ctx.learned)
-            own_weight = weight[-ctx.learned :]
-            grad_learned = torch.ops.aten.convolution_backward(own, seen, own_weight, *rest, groups, mask)[1]
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad_output.sum((0, 2, 3))
-        return grad_x, None, grad_learned, grad_bias, None, None, None
+            own, (seen, groups) = grad_output[:, -count:], (x, 1) if ctx.groups == 1 else (x[:, -count:], count)
+            has_bias = ctx.needs_input_grad[4]
+            sizes, mask = [count] if has_bias else None, (False, True, has_bias)
+            _, grad_learned, grad_bias = backward(own, seen, weight[-count:], sizes, *geometry, groups, mask)
+        return grad_x, None, grad_learned, None, grad_bias, None, None, None
 
 
 class Sliced(SplitCat):
@@ -103,14 +105,21 @@ class Sliced(SplitCat):
 
     def __init__(self, conv: nn.Conv2d, learned: int) -> None:
         super().__init__(conv, learned)
-        self.fixed = conv.weight.detach().clone(memory_format=torch.preserve_format)
+        self.fixed = _clone(conv.weight)
+        self.fixed_bias = None if conv.bias is None else _clone(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SlicedFunction.apply(x, self.fixed, self.learned, self.bias, self.stride, self.padding, self.groups)
+        return _SlicedFunction.apply(
+            x, self.fixed, self.learned, self.fixed_bias, self.bias, self.stride, self.padding, self.groups
+        )
 
-    def weight(self) -> Tensor:
-        self.fixed[-len(self.learned) :].copy_(self.learned.detach())
-        return self.fixed
+    def wholes(self) -> tuple[Tensor, Tensor | None]:
+        """The buffers, brought up to date."""
+        count = len(self.learned)
+        self.fixed[-count:].copy_(self.learned.detach())
+        if self.bias is not None:
+            self.fixed_bias[-count:].copy_(self.bias.detach())
+        return self.fixed, self.fixed_bias
 
 
 class ConvLoRA(nn.Module):
@@ -129,7 +138,8 @@ class ConvLoRA(nn.Module):
         self.down = nn.Conv2d(conv.in_channels, rank, *geometry, bias=False, **like)
         self.up = nn.Conv2d(rank, conv.out_channels, 1, bias=False, **like)
         nn.init.zeros_(self.up.weight)
-        self.to(memory_format=torch.channels_last)
+        if conv.weight.is_contiguous(memory_format=torch.channels_last):
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.frozen(x) + self.up(self.down(x))
@@ -194,18 +204,25 @@ def learned_gradient(module: nn.Module, learned: int) -> Tensor | None:
         parameter = getattr(module, name, None)
         if parameter is not None:
             return parameter.grad
-    return module.weight.grad[-learned:]
+    grad = module.weight.grad
+    return None if grad is None else grad[-learned:]
+
+
+def learned_bias(module: nn.Module, learned: int) -> Tensor:
+    """The gradient of the learned filters' bias."""
+    module = getattr(module, "_orig_mod", module)
+    return getattr(module, "bias_trainable" if hasattr(module, "bias_trainable") else "bias").grad[-learned:]
 
 
 def with_convolutions(model: nn.Module, way: Callable[[nn.Conv2d, int], nn.Module], part: float) -> nn.Module:
     """The model, its convolutions replaced by `way` with a fraction `part` of their filters learned.
 
-    Depthwise ones stay as they are where the way has nothing for them.
+    Depthwise ones are fixed where the way has nothing for them.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Conv2d and (child.groups == 1 or way not in _DENSE_ONLY):
-                learned = count(child, part)
+            if type(child) is nn.Conv2d:
+                learned = count(child, part) if child.groups == 1 or way not in _DENSE_ONLY else 0
                 setattr(parent, name, way(child, learned) if learned else child.requires_grad_(False))
     return model
 
@@ -213,6 +230,10 @@ def with_convolutions(model: nn.Module, way: Callable[[nn.Conv2d, int], nn.Modul
 def count(conv: nn.Conv2d, part: float) -> int:
     """How many filters a fraction is: as for `PartialConv2d`."""
     return int(conv.out_channels * part)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.preserve_format)
 
 
 def _copy(conv: nn.Conv2d) -> nn.Conv2d:

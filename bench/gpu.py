@@ -161,12 +161,15 @@ def end(running: Sequence[subprocess.Popen]) -> None:
 def run_all(plan: Sequence[Stage], out: Path, *, resume: bool, runner: Callable = run) -> dict[str, dict[str, Any]]:
     """Outcome and seconds by stage, kept in stages.json. What follows a gate that has not passed is not run.
 
-    With `resume`, what has passed before by this commit's code is not run again, but for gates. Without, what a stage
-    leaves of its time goes to the next.
+    With `resume`, what has passed before by this very commit's code is not run again, but for gates. Without, what a
+    stage leaves of its time goes to the next.
     """
-    file, code, spare = out / "stages.json", commit()["id"], 0.0
+    file, spare = out / "stages.json", 0.0
+    code = None if (measured := commit())["dirty"] else measured["id"]
     outcomes: dict[str, dict[str, Any]] = json.loads(file.read_text()) if resume and file.exists() else {}
-    known = {name for name, found in outcomes.items() if found["outcome"] == PASSED and found.get("commit") == code}
+    known = {
+        name for name, found in outcomes.items() if found["outcome"] == PASSED and code and found.get("commit") == code
+    }
     closed = False
     for stage in plan:
         if not stage.gate and (closed or stage.name in known):

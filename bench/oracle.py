@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.competitors import ConvLoRA, learned_gradient, part_of
+from bench.competitors import LORA, learned_bias, learned_gradient, part_of
 from bench.layers import tolerance
 
 LOSS_TOLERANCE, NETWORK_TOLERANCE = 1e-4, 0.1
@@ -30,6 +30,7 @@ class LayerOracle:
         output.backward(cotangent.double())
         self.x, self.cotangent = x, cotangent
         self.output, self.grad_input, self.grad_weight = output.detach(), exact_x.grad, exact.weight.grad
+        self.grad_bias = None if exact.bias is None else exact.bias.grad
         self.allowed = tolerance(torch.finfo(x.dtype).eps, output.numel() // output.size(1))
 
     def check(self, name: str, module: nn.Module, learned: int) -> None:
@@ -43,6 +44,8 @@ class LayerOracle:
         gradient = learned_gradient(getattr(module, "_orig_mod", module), learned) if learned else None
         if gradient is not None:
             close(f"grad_weight of {name}", gradient, self.grad_weight[-learned:], self.allowed)
+            if self.grad_bias is not None:
+                close(f"grad_bias of {name}", learned_bias(module, learned), self.grad_bias[-learned:], self.allowed)
 
 
 class NetworkOracle(NamedTuple):
@@ -70,13 +73,13 @@ class NetworkOracle(NamedTuple):
         """
         part = part_of(name) if part is None else part
         without_dropout(model)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             loss = F.cross_entropy(learner(images), labels)
             loss.backward()
         close(f"loss of {name}", loss, self.loss, LOSS_TOLERANCE)
         for layer, expected in self.gradients.items():
             module, learned = model.get_submodule(layer), part if isinstance(part, int) else int(len(expected) * part)
-            if learned and not isinstance(module, ConvLoRA):
+            if learned and LORA not in name:
                 gradient = learned_gradient(module, learned)
                 close(f"grad_weight of {layer} of {name}", gradient, expected[-learned:], NETWORK_TOLERANCE)
         model.zero_grad()

@@ -20,6 +20,10 @@ from bench.pictures import draw
 from bench.results import Entry, Results, ResultsError, load
 
 REGRESSION = 1.05
+# Of the machine; where they differ, so may times.
+FACTS = (
+    "device", "instructions", "threads", "torch", "dtype", "onednn", "cuda", "cudnn", "driver", "triton"
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +78,7 @@ BYTES = {
 def notes(new: Results, old: Results) -> list[str]:
     """What makes a comparison worth less."""
     found = []
-    for fact in ("device", "threads", "torch", "dtype"):
+    for fact in FACTS:
         now, then = new.machine.get(fact), old.machine.get(fact)
         if now != then:
             found.append(f"note: {fact} was {then}, is {now}")

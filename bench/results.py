@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.competitors import OURS
-from bench.group import PLAIN, PLAIN_GRADIENTS, Ratio
+from bench.group import PLAIN_GRADIENTS, Ratio
 
 
 class ResultsError(ValueError):
@@ -122,7 +122,7 @@ def _entry(path: Path, raw: dict[str, Any]) -> Entry:
     ratios = {other: Ratio(*values) for other, values in raw.get("ratios", {}).items()}
     rivals = {other: Ratio(*values) for other, values in raw.get("rivals", {}).items()}
     if OURS in raw["contender"]:
-        rivals = {name: ratios[name] for name in (PLAIN, *PLAIN_GRADIENTS) if name in ratios} | rivals
+        rivals = {name: ratios[name] for name in PLAIN_GRADIENTS if name in ratios} | rivals
     return Entry(
         raw["level"], raw["subject"], raw["case"], raw["contender"], raw["stats"]["median"], raw["stats"]["iqr"],
         ratios, {phase: Ratio(*values) for phase, values in raw.get("phases", {}).items()},

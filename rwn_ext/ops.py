@@ -382,10 +382,13 @@ class _Room(NamedTuple):
 
     whole: Tensor
     learned: Tensor
-    addresses: tuple[int, int]
-    """Of the learned and of the fixed filters."""
+    fixed: Tensor
+    runs: Runs
+    """The learned filters' places."""
     shared: bool
     """Whether a Parameter of learned filters lies there, too: then others may not be copied over it."""
+    addresses: tuple[int, int]
+    """Of the learned and of the fixed filters, when the room was made: memory may be moved under a tensor."""
 
 
 # Of a fixed Parameter, the room it lies in.
@@ -398,10 +401,13 @@ def make_room(fixed: Tensor, start: int, count: int, learned: Tensor | None = No
     """Moves a Parameter of fixed filters to memory with room for the whole, of which they are the first or last.
 
     So is `learned`, if it is a Parameter of the others, `count` filters from `start` on: `merge` then copies nothing.
-    Else it copies the learned filters alone: copying what is fixed twice a step would be felt. Nothing happens to a
-    Parameter that is small, shared between processes, or not on a CPU.
+    Without one it copies the learned filters alone: copying what is fixed twice a step would be felt. Nothing happens
+    to a Parameter that is small, shared between processes, not on a CPU, or lies there already.
     """
-    _ROOMS.pop(fixed, None)
+    runs, room = (start, start + count), _ROOMS.get(fixed)
+    if room is not None and room.runs == runs and _holds(room, fixed, learned):
+        return
+    leave_room(fixed)
     if fixed.numel() < _ROOM_NUMEL or start not in (0, fixed.size(0)) or not _is_movable(fixed):
         return
     with torch.inference_mode(False), torch.no_grad():
@@ -416,15 +422,29 @@ def make_room(fixed: Tensor, start: int, count: int, learned: Tensor | None = No
         )
         if learned is not None and shared:
             learned.data = own.copy_(learned)
-        _ROOMS[fixed] = _Room(whole, own, (own.data_ptr(), others.data_ptr()), shared)
+        _ROOMS[fixed] = _Room(whole, own, others, runs, shared, (own.data_ptr(), others.data_ptr()))
+
+
+def _holds(room: _Room, fixed: Tensor, learned: Tensor | None) -> bool:
+    """Whether these Parameters lie in it, and no other does."""
+    own, others = room.addresses
+    if not _lies_in(fixed, room.fixed, others):
+        return False
+    return not room.shared if learned is None else room.shared and _lies_in(learned, room.learned, own)
+
+
+def leave_room(fixed: Tensor) -> None:
+    """Forgets the room of this Parameter, which with the learned one stays where it is."""
+    _ROOMS.pop(fixed, None)
 
 
 def _is_movable(parameter: Tensor) -> bool:
-    """Whether its values may lie elsewhere, filter by filter, and nobody will know."""
+    """Whether its values, which nobody else's memory holds, may lie elsewhere, filter by filter."""
     return (
         type(parameter) is nn.Parameter and parameter.is_cpu and not parameter.is_shared()
         and not parameter.is_inference() and parameter.stride(0) == parameter[0].numel()
         and torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+        and parameter.untyped_storage().nbytes() == parameter.nbytes
     )  # fmt: skip
 
 
@@ -432,6 +452,11 @@ def _part(whole: Tensor, start: int, count: int) -> Tensor:
     """These filters in their memory, as if there were no other: saved as a storage of their own."""
     view = whole.narrow(0, start, count)
     return torch.from_dlpack(view.as_strided((view.numel(),), (1,))).as_strided(view.shape, view.stride())
+
+
+def _lies_in(tensor: Tensor, place: Tensor, address: int) -> bool:
+    """Whether its numbers are those of this place, each where it is there."""
+    return tensor.data_ptr() == address and tensor.shape == place.shape and tensor.stride() == place.stride()
 
 
 def _merged_in_room(learned: Tensor, fixed: Tensor, runs: Runs) -> Tensor | None:
@@ -443,10 +468,10 @@ def _merged_in_room(learned: Tensor, fixed: Tensor, runs: Runs) -> Tensor | None
     if room is None or (learned.requires_grad and torch.is_grad_enabled()):
         return None
     own, others = room.addresses
-    if fixed.data_ptr() != others or learned.shape != room.learned.shape or (runs[0] == 0) != (own < others):
+    if runs != room.runs or not _lies_in(fixed, room.fixed, others):
         return None
-    if learned.data_ptr() != own:
-        if room.shared:
+    if not _lies_in(learned, room.learned, own):
+        if room.shared or learned.shape != room.learned.shape:
             return None
         room.learned.copy_(learned)
     return room.whole

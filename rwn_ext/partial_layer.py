@@ -247,6 +247,7 @@ class PartialLayer(nn.Module):
             if part is None:
                 self.register_parameter(name, None)
                 if old is not None:
+                    ops.leave_room(old)
                     _set_value(old, old.new_empty(0))
                     self._idle[name] = old
             elif old is None and name not in self._idle:
@@ -260,13 +261,27 @@ class PartialLayer(nn.Module):
     def _make_room(self) -> None:
         """Lets the filters lie where merging the fixed ones with the learned ones costs least."""
         fixed, runs = self._parameters.get("weight_frozen"), self.filters.runs
+        learned = self._parameters.get("weight_trainable") if self.inputs.is_full else None
         if fixed is not None and len(runs) == 2 and self.frozen != "zero":
-            ops.make_room(fixed, runs[0], len(self.filters), self._parameters.get("weight_trainable"))
+            ops.make_room(fixed, runs[0], len(self.filters), learned)
+        elif fixed is not None:
+            ops.leave_room(fixed)
+
+    def _leave_room(self) -> None:
+        """Where tensors are swapped, which they are not while anything looks at them from outside."""
+        fixed = self._parameters.get("weight_frozen")
+        if fixed is not None and torch.__future__.get_swap_module_params_on_conversion():
+            ops.leave_room(fixed)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PartialLayer:
+        self._leave_room()
         super()._apply(*args, **kwargs)
         self._make_room()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._make_room()
 
     def _parts(self, names: tuple[str, ...]) -> list[Tensor | None]:
         # nn.Module.__getattr__ takes longer; parametrised and pruned Parameters are found by it alone.
@@ -376,9 +391,11 @@ class PartialLayer(nn.Module):
             own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
             refused = [name for name in PARTS if self._split_loaded(own, prefix, name, error_msgs)]
             missing: list[str] = []
+            self._leave_room()
             super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         finally:
             self._load_state_dict_pre_hooks = hooks
+            self._make_room()
         whole_of = {part: name for name, parts in PARTS.items() if self._mergeable(parts) for part in parts}
         names = [key.removeprefix(prefix) for key in missing]
         wholes = dict.fromkeys(whole_of.get(name, name) for name in names)

@@ -316,11 +316,11 @@ def _triton_obstacle(p: Problem) -> str | None:
 # wherever it can be used and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than 8 its
 # sums are of nothing but for a part, which three filters of 3x3 can bear. With one tap it wins while it waits for
 # memory, as a matrix product so narrow is not shared among threads, and where there are so few pixels that the
-# preparations of a product are felt; with AVX-512 always, and oneDNN is faster than the product, too (measured on AMD's
-# Zen 5, where MKL uses AVX2). Of depthwise filters it wins unless it must copy many channels of contiguous
-# pixels; with large kernels even then. Without it, unfolding wins for few filters on deep channels_last inputs; oneDNN
-# computes filters in blocks of a vector register, so a block saved is a gain and less is none; and a few million
-# multiply-adds take less time than a call of the library, of which "full" needs one less.
+# preparations of a product are felt; with AVX-512 up to as many filters as were measured, and oneDNN is faster than the
+# product, too (on AMD's Zen 5, where MKL uses AVX2). Of depthwise filters it wins unless it must copy many channels of
+# contiguous pixels; with large kernels even then. Without it, unfolding wins for few filters on deep channels_last
+# inputs; oneDNN computes filters in blocks of a vector register, so a block saved is a gain and less is none; and a few
+# million multiply-adds take less time than a call of the library, of which "full" needs one less.
 CPU_WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CPU_DIRECT_CHANNELS = 8
 CPU_DIRECT_SHALLOW_TAPS, CPU_DIRECT_SHALLOW_FILTERS = 9, 3
@@ -375,7 +375,7 @@ def _by_measured_limits(p: Problem) -> Plan:
             )
     if p.learned < p.filters and not _obstacle(p, "direct"):
         if r * s == 1 and p.channels_last and p.learned <= CPU_DIRECT_POINTWISE_FILTERS:
-            return Plan("direct", "so few 1x1 filters take as long as reading the input")
+            return Plan("direct", f"no more than {CPU_DIRECT_POINTWISE_FILTERS} filters of 1x1, each pixel read once")
         if r * s == 1 and p.channels_last and pixels <= CPU_DIRECT_POINTWISE_PIXELS:
             return Plan("direct", f"{pixels:,} pixels do not repay the preparations of a matrix product")
         if r * s > 1 and p.channels >= CPU_DIRECT_CHANNELS:
@@ -388,7 +388,7 @@ def _by_measured_limits(p: Problem) -> Plan:
     saved = (all_blocks - blocks) * CPU_FILTER_BLOCK * p.channels * r * s * pixels
     if saved < CPU_CALL_MULTIPLY_ADDS:
         return Plan("full", f"the {saved:,} multiply-adds of the fixed filters cost less than another call")
-    if p.channels_last and not CPU_WIDE and not _obstacle(p, "matmul"):
+    if p.channels_last and not (CPU_WIDE and p.dtype == "float32") and not _obstacle(p, "matmul"):
         return Plan("matmul", "1x1 filters of channels_last tensors are a matrix product of what is there")
     if (
         p.channels_last

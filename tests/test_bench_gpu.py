@@ -155,7 +155,7 @@ class Machine:
 
 @pytest.fixture
 def some_commit(monkeypatch: pytest.MonkeyPatch) -> dict:
-    code = {"id": "a" * 40}
+    code = {"id": "a" * 40, "dirty": False}
     monkeypatch.setattr(gpu, "commit", lambda: code)
     return code
 
@@ -191,7 +191,10 @@ def test_a_full_run_continues_behind_what_has_passed(tmp_path, some_commit):
     assert again() == ["tests", 0] and exit_code(PLAN, {}) == 3
     assert again(resume=False) == [*names(PLAN), 0]
     some_commit["id"] = "b" * 40
-    assert again() == [*names(PLAN), 0]
+    assert again() == [*names(PLAN), 0] and again() == ["tests", 0]
+    # Nobody knows what changes they were.
+    some_commit["dirty"] = True
+    assert again() == [*names(PLAN), 0] and again() == [*names(PLAN), 0]
 
 
 def test_time_that_a_stage_leaves_goes_to_the_next(tmp_path):

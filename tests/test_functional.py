@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEVICES, assert_close, dense, filled_with_integers, integers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -336,3 +337,20 @@ def test_the_environment_forces_an_algorithm(monkeypatch: pytest.MonkeyPatch):
 
 def test_subsets_are_values():
     assert Subset.from_indices(5, [1, 2, 4]) == choose([4, 2, 1], 5)
+
+
+def test_a_layer_forgets_what_has_changed(monkeypatch: pytest.MonkeyPatch):
+    layer, x = PartialConv2d(3, 4, 3, trainable=2), torch.randn(1, 3, 9, 9)
+
+    def expected() -> torch.Tensor:
+        return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+
+    for name, value in (("stride", (2, 1)), ("padding", (1, 0)), ("dilation", (1, 2))):
+        layer(x)
+        setattr(layer, name, value)
+        assert torch.equal(layer(x), expected())
+    layer.set_trainable_([0, 3])
+    assert torch.equal(layer(x), expected())
+    monkeypatch.setenv("RWN_EXT_ALGORITHM", "faster")
+    with pytest.raises(ValueError, match="RWN_EXT_ALGORITHM='faster'"):
+        layer(x)

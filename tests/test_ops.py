@@ -317,22 +317,62 @@ class TestRoom:
             again = self.merged(conv)
             assert again.data_ptr() == whole.data_ptr() and torch.equal(again, conv.weight)
 
-    def test_it_follows_what_becomes_of_the_parameter(self):
-        conv, x = self.layer(), torch.randn(1, 64, 4, 4)
-        for change in (
-            lambda c: c,
-            copy.deepcopy,
-            lambda c: c.set_trainable_(20),
-            lambda c: c.set_trainable_([1, 5]),
-            lambda c: c.set_trainable_(6),
-            lambda c: c.double().float(),
-            lambda c: (c.load_state_dict({k: v + 1 for k, v in c.state_dict().items()}), c)[1],
-            lambda c: (c.load_state_dict({k: v + 1 for k, v in c.state_dict().items()}, assign=True), c)[1],
-            lambda c: pickle.loads(pickle.dumps(c)),
-            lambda c: c.share_memory(),
-        ):
-            conv = change(conv)
+    def has_room(self, conv: PartialConv2d) -> bool:
+        room = ops._ROOMS.get(conv.weight_frozen)
+        return room is not None and ops._holds(room, conv.weight_frozen, conv.weight_trainable)
+
+    @pytest.mark.parametrize(
+        ("change", "room"),
+        [
+            (lambda c: c, True),
+            (copy.deepcopy, True),
+            (lambda c: c.set_trainable_(20), True),
+            (lambda c: c.set_trainable_([1, 5]), False),
+            (lambda c: c.set_trainable_([1, 5]).set_trainable_(6), True),
+            (lambda c: c.set_trainable_(1.0).set_trainable_(6), True),
+            (lambda c: c.double().float(), True),
+            (lambda c: (c.load_state_dict({k: v + 1 for k, v in c.state_dict().items()}), c)[1], True),
+            (lambda c: (c.load_state_dict({k: v + 1 for k, v in c.state_dict().items()}, assign=True), c)[1], True),
+            (lambda c: pickle.loads(pickle.dumps(c)), True),
+            (lambda c: c.share_memory(), False),
+            (lambda c: (c.weight_trainable.share_memory_(), c)[1], False),
+            (lambda c: (c.weight_frozen.share_memory_(), c)[1], False),
+            (lambda c: (setattr(c.weight_trainable, "data", c.weight_trainable + 1), c)[1], False),
+            (lambda c: (setattr(c.weight_frozen, "data", c.weight_frozen + 1), c)[1], False),
+        ],
+    )
+    def test_it_follows_what_becomes_of_the_parameter(self, change, room: bool):
+        x, conv = torch.randn(1, 64, 4, 4), change(self.layer())
+        assert self.has_room(conv) == room
+        for _ in range(2):
             assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
+            with torch.no_grad():
+                for parameter in conv.parameters():
+                    parameter.mul_(2)
+
+    def test_parameters_that_lie_there_stay_there(self):
+        conv = self.layer()
+        before = [p.data_ptr() for p in conv.parameters()]
+        assert [p.data_ptr() for p in conv.float().to("cpu").parameters()] == before
+
+    def test_memory_that_others_hold_stays_where_it_is(self):
+        flat = torch.randn(64 * 64 * 9)
+        fixed = nn.Parameter(flat[: 58 * 576].view(58, 64, 3, 3), requires_grad=False)
+        ops.make_room(fixed, 58, 6)
+        assert fixed.data_ptr() == flat.data_ptr()
+
+    def test_a_view_of_the_learned_filters_is_not_them(self):
+        conv, x = self.layer(), torch.randn(1, 64, 4, 4)
+        turned = conv.weight_trainable.detach().transpose(2, 3)
+        expected = F.conv2d(x, torch.cat([conv.weight_frozen, turned]), conv.bias, padding=1)
+        assert torch.equal(torch.func.functional_call(conv, {"weight_trainable": turned}, (x,)), expected)
+
+    def test_filters_in_the_middle_are_not_the_last(self):
+        conv = self.layer()
+        with torch.no_grad():
+            learned, fixed = conv.weight_trainable, conv.weight_frozen
+            whole = ops.merge(learned, fixed, (3, 9), 0, torch.float32, stage="forward")
+            assert torch.equal(whole, torch.cat([fixed[:3], learned, fixed[3:]]))
 
     def test_another_default_device_does_not_matter(self):
         conv = self.layer()

@@ -173,6 +173,17 @@ def test_conversion_and_loading_that_swap_tensors():
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.usefixtures("swapping")
+def test_large_layers_swap_tensors():
+    layer, x = PartialConv2d(64, 64, 3, trainable=0.1), torch.randn(1, 64, 5, 5)
+    parameters, expected = list(layer.parameters()), layer(x)
+    layer.double()
+    layer.load_state_dict(layer.state_dict())
+    layer.float()
+    assert all(a is b for a, b in zip(parameters, layer.parameters(), strict=True))
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("convert_to", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda f: f.__name__)
 def test_types_change_as_those_of_conv2d(convert_to):
     model, plain = partial(), network()
