@@ -123,6 +123,7 @@ def layer(axis: str, value: float, effort: Effort) -> Group:
 @lru_cache(maxsize=1)
 def network(depth: int, effort: Effort) -> Group:
     batch = 128 if DEVICE == "cuda" else 8
+    torch.manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=DEVICE)
     name = f"wrn-{depth}-2"

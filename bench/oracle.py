@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from bench.competitors import LORA, learned_bias, learned_gradient, part_of
 from bench.layers import tolerance
 
-LOSS_TOLERANCE, NETWORK_TOLERANCE = 1e-4, 0.1
+LOSS_TOLERANCE, NETWORK_TOLERANCE = 1e-4, 0.3
 """Relative, of a loss and of the gradients of a whole network in float32. Activations that rounding takes across zero,
-and norms over few pixels, change a plain network's gradients by some percent; a wrong one is off by about 1."""
+and norms over few pixels, change a plain network's gradients by some percent, those of few filters by a tenth; a wrong
+one is off by about 1."""
 
 
 class WrongResultError(AssertionError):
