@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.competitors import FROZEN, FROZEN_PLAIN, LORA, OURS, PLAIN, SLICED, WAYS, rivals
+from bench.competitors import FROZEN, LAYER_WAYS, LORA, OURS, PLAIN, SLICED, WAYS, rivals
 from bench.conftest import DEVICE, DTYPE, marks
 from bench.floors import convolution_floor
 from bench.group import Group
@@ -27,14 +27,13 @@ PARTS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0) if DEVICE == "cuda" else (0.05, 0.1, 0
 EFFORT = Effort(8, least=41, most=41) if DEVICE == "cuda" else Effort(1.5, least=7, most=21)
 # Compiling takes long, so it is done for a few.
 COMPILED = {f"compiled {way}": way for way in (PLAIN, OURS)}
-WAYS_HERE = tuple(way for way in WAYS if way != FROZEN_PLAIN)
 CASES = [(name, part) for name in LAYERS for part in PARTS]
 QUICK = [("wrn-16-4 stage 2", 0.1), ("wrn-28-10 stage 2", 0.1)]
 WITH_COMPILED = QUICK
 
 
 def rows(name: str, part: float) -> tuple[str, ...]:
-    return (*WAYS_HERE, *(COMPILED if (name, part) in WITH_COMPILED else ()))
+    return (*LAYER_WAYS, *(COMPILED if (name, part) in WITH_COMPILED else ()))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def measured(name: str, part: float, effort: Effort, compiled: bool) -> Group:
     x = torch.randn(layer.n, layer.c, layer.size, layer.size, device=DEVICE, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     modules: dict[str, nn.Module] = {}
-    for way in rows(name, part) if compiled else WAYS_HERE:
+    for way in rows(name, part) if compiled else LAYER_WAYS:
         module = WAYS[COMPILED.get(way, way)](conv, learned)
         modules[way] = torch.compile(module) if way in COMPILED else module  # type: ignore[assignment]
     cotangent = torch.randn_like(conv(x))

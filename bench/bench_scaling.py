@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench import wire
-from bench.competitors import CHECKPOINTED, FROZEN, FROZEN_PLAIN, LEAN, LORA, MEMSAVE, OTHERS, OURS, PLAIN, WAYS, rivals
+from bench.competitors import CHECKPOINTED, FROZEN, LAYER_WAYS, LEAN, LORA, MEMSAVE, OTHERS, OURS, PLAIN, WAYS, rivals
 from bench.conftest import DEVICE, DTYPE, marks
 from bench.floors import convolution_floor, predicted
 from bench.group import Group
@@ -41,7 +41,6 @@ GPU_AXES = {
 POINTS = [(axis, value) for axis, values in (GPU_AXES if DEVICE == "cuda" else AXES).items() for value in values]
 QUICK = [("p", 0.05), ("p", 0.4)]
 DEPTHS, DEPTH_EFFORT = (10, 16, 22), Effort(3, least=7)
-LAYER_ROWS = tuple(way for way in WAYS if way != FROZEN_PLAIN)
 NET_ROWS = (
     PLAIN, *(f"{way} p = 0.1" for way in (*OTHERS, OURS, LEAN)), FROZEN, CHECKPOINTED,
     *([MEMSAVE] if MEMSAVE_IS_INSTALLED else []),
@@ -53,7 +52,7 @@ def points(values, rows, quick=()):
     return [pytest.param(*value, row, marks=marks(value in quick, compiled=False)) for value in values for row in rows]
 
 
-@pytest.mark.parametrize(("axis", "value", "row"), points(POINTS, LAYER_ROWS, QUICK))
+@pytest.mark.parametrize(("axis", "value", "row"), points(POINTS, LAYER_WAYS, QUICK))
 def test_layer(record, effort, axis, value, row):
     record(layer(axis, value, effort(EFFORT)), row)
 
@@ -92,7 +91,7 @@ def layer(axis: str, value: float, effort: Effort) -> Group:
     x = torch.randn(n, channels, size, size, device=DEVICE, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     cotangent = torch.randn_like(x)
-    modules = {row: WAYS[row](conv, learned) for row in LAYER_ROWS}
+    modules = {row: WAYS[row](conv, learned) for row in LAYER_WAYS}
     oracle, kept = LayerOracle(conv, x, cotangent), {}
     for row, module in modules.items():
         oracle.check(row, module, 0 if row == FROZEN else learned)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -171,29 +172,44 @@ WAYS: dict[str, Callable[[nn.Conv2d, int], nn.Module]] = {
     FROZEN_PLAIN: frozen_plain,
 }
 OTHERS = tuple(name for name in WAYS if name not in (PLAIN, OURS, FROZEN, FROZEN_PLAIN))
+LAYER_WAYS = tuple(name for name in WAYS if name != FROZEN_PLAIN)
+"""Those that take turns on a single layer: one of two that learn nothing is enough there."""
 _DENSE_ONLY = (ConvLoRA,)
+
+
+class Row(NamedTuple):
+    """A contender's name, taken apart."""
+
+    form: str
+    """What is done to it as a whole: "compiled ", "captured " or nothing."""
+    way: str
+    again: str
+    part: str
+    """What is learned, " p = ..."; nothing where the way says it."""
+
+    @classmethod
+    def of(cls, name: str) -> Row:
+        return cls(*re.fullmatch(r"(compiled |captured |)(.*?)( again|)( p = [\d.]+|)", name).groups())  # type: ignore[union-attr]
 
 
 def rivals(name: str, names: Iterable[str]) -> list[str]:
     """Who among `names` does what our contender `name` does: the other ways, as compiled and with as much learned, and
     the plain one. None where `name` is not ours, or learns nothing."""
-    parsed = {n: _NAME.fullmatch(n).groups() for n in names}  # type: ignore[union-attr]
-    form, way, part = parsed[name]
-    if OURS not in way:
+    own = Row.of(name)
+    if OURS not in own.way:
         return []
-    alike = [n for n, (f, w, p) in parsed.items() if f == form and w in OTHERS and p == part]
-    return [n for n, (f, w, p) in parsed.items() if f == form and w == PLAIN and not p] + alike
+    alike = {n: row for n in names if (row := Row.of(n)).form == own.form and not row.again}
+    return [n for n, row in alike.items() if row.way == PLAIN and not row.part] + [
+        n for n, row in alike.items() if row.way in OTHERS and row.part == own.part
+    ]
 
 
-_NAME = re.compile(r"(compiled |captured |)(.*?)( p = [\d.]+|)")
-
-
-def part_of(row: str) -> float:
+def part_of(name: str) -> float:
     """The fraction of each layer's filters that a network's row learns."""
-    part = _NAME.fullmatch(row)[3]  # type: ignore[index]
+    part = Row.of(name).part
     if part:
         return float(part.removeprefix(" p = "))
-    return 0.0 if "frozen" in row else 1.0
+    return 0.0 if "frozen" in name else 1.0
 
 
 def learned_gradient(module: nn.Module, learned: int) -> Tensor | None:
@@ -210,7 +226,6 @@ def learned_gradient(module: nn.Module, learned: int) -> Tensor | None:
 
 def learned_bias(module: nn.Module, learned: int) -> Tensor:
     """The gradient of the learned filters' bias."""
-    module = getattr(module, "_orig_mod", module)
     return getattr(module, "bias_trainable" if hasattr(module, "bias_trainable") else "bias").grad[-learned:]
 
 

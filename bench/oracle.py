@@ -42,11 +42,12 @@ class LayerOracle:
         output.backward(self.cotangent)
         close(f"output of {name}", output, self.output, self.allowed)
         close(f"grad_input of {name}", self.x.grad, self.grad_input, self.allowed)
-        gradient = learned_gradient(getattr(module, "_orig_mod", module), learned) if learned else None
+        layer = getattr(module, "_orig_mod", module)
+        gradient = learned_gradient(layer, learned) if learned else None
         if gradient is not None:
             close(f"grad_weight of {name}", gradient, self.grad_weight[-learned:], self.allowed)
             if self.grad_bias is not None:
-                close(f"grad_bias of {name}", learned_bias(module, learned), self.grad_bias[-learned:], self.allowed)
+                close(f"grad_bias of {name}", learned_bias(layer, learned), self.grad_bias[-learned:], self.allowed)
 
 
 class NetworkOracle(NamedTuple):

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.competitors import FROZEN, FROZEN_PLAIN, LEAN, OURS, rivals
+from bench.competitors import FROZEN, FROZEN_PLAIN, LEAN, OURS, Row, rivals
 from bench.group import PLAIN, PLAIN_GRADIENTS, WHOLE, Ratio
 from bench.results import Entry, Results, Source, groups
 
@@ -66,7 +66,7 @@ def _answer(results: Results) -> str:
         best, kept = step.best_other(PART), step.kept_share(f"{LEAN} p = {PART}")
         row += [
             step.cell(FROZEN),
-            f"{step.cell(best)}, {_way(best, PART)}" if best else "",
+            f"{step.cell(best)}, {Row.of(best).way}" if best else "",
             f"{kept:.2f}" if kept else "",
         ]
     note = f"Time, and bytes kept, relative to `{PLAIN}`'s; less is better. {CELLS}"
@@ -117,10 +117,6 @@ class _Step(NamedTuple):
         name = f"{OURS} p = {part}"
         others = [other for other in rivals(name, self.rows) if other != PLAIN] if name in self.rows else []
         return min(others, key=self.time, default=None)
-
-
-def _way(name: str, part: float) -> str:
-    return name.removesuffix(f" p = {part}")
 
 
 def _parts(steps: Iterable[_Step]) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bench.competitors import CHECKPOINTED, FROZEN, LEAN, LORA, OURS, SLICED
+from bench.competitors import CHECKPOINTED, FROZEN, LEAN, LORA, OURS, SLICED, Row
 from bench.group import PLAIN
 from bench.results import Entry, Results, groups
 from rwn_ext.paper import demo, drawing
@@ -76,7 +75,7 @@ def steps(entries: Sequence[Entry]) -> Figure:
     ways = looks(names)
     for axis, ((_, subject, _), rows) in zip(axes, panels, strict=False):
         for row in rows:
-            _bar(axis, names.index(row.contender), row, ways[_way(row.contender)].color)
+            _bar(axis, names.index(row.contender), row, ways[Row.of(row.contender).way].color)
         axis.axvline(1, color="black", linewidth=0.8, linestyle="--")
         axis.set_title(subject, size=10)
         # An interval may leave the picture, a median not.
@@ -146,22 +145,9 @@ OTHER_LOOKS = (
 
 def looks(contenders: Iterable[str]) -> dict[str, Look]:
     """Of each way among the contenders; those that LOOKS does not know share out the others."""
-    ways = sorted({_way(name) for name in contenders})
+    ways = sorted({Row.of(name).way for name in contenders})
     unknown = [way for way in ways if way not in LOOKS]
     return LOOKS | {way: OTHER_LOOKS[i % len(OTHER_LOOKS)] for i, way in enumerate(unknown)}
-
-
-def _form(name: str) -> str:
-    """What is done to a way as a whole: "compiled ", "captured " or nothing."""
-    return _NAME.fullmatch(name)[1]  # type: ignore[index]
-
-
-def _way(name: str) -> str:
-    """A contender's name without form and learned part."""
-    return _NAME.fullmatch(name)[2]  # type: ignore[index]
-
-
-_NAME = re.compile(r"(compiled |captured |)(.*?)(?: again|)(?: p = [\d.]+|)")
 
 
 def _by_subject(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
@@ -194,7 +180,7 @@ def _bar(axis: Axes, place: int, row: Entry, color: str) -> None:
     ratio = row.ratios[PLAIN]
     reach = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
     style: dict[str, Any] = {"color": color}
-    if _form(row.contender):
+    if Row.of(row.contender).form:
         style = {"facecolor": to_rgba(color, 0.3), "edgecolor": color, "hatch": "/////", "linewidth": 0}
     axis.barh([place], [ratio.median], xerr=reach, ecolor="dimgray", **style)
 
@@ -204,7 +190,7 @@ def _times(axis: Axes, entries: Sequence[Entry], key: str, ways: dict[str, Look]
     for place, (name, points) in enumerate(own, 1):
         xs, ratios = [entry.case[key] for entry in points], [entry.ratios[PLAIN] for entry in points]
         style, width = _style(name, ways), 1.2 + 0.2 * (len(own) - place)
-        form = ":" if _form(name) else "-"
+        form = ":" if Row.of(name).form else "-"
         axis.plot(xs, [r.median for r in ratios], form, linewidth=width, markersize=3.5 + 0.6 * width, **style)
         lows, highs = [r.low for r in ratios], [r.high for r in ratios]
         axis.fill_between(xs, lows, highs, color=style["color"], alpha=0.12, linewidth=0)
@@ -217,7 +203,7 @@ def _times(axis: Axes, entries: Sequence[Entry], key: str, ways: dict[str, Look]
 def _predicted(axis: Axes, entries: Sequence[Entry], key: str) -> None:
     """The cost model's ratio of ours to nn.Conv2d."""
     plain = {entry.group: entry.predicted for entry in entries if entry.contender == PLAIN}
-    ours = [e for e in entries if e.predicted is not None and _way(e.contender) == OURS and plain.get(e.group)]
+    ours = [e for e in entries if e.predicted is not None and Row.of(e.contender).way == OURS and plain.get(e.group)]
     if ours:
         ratios = [(e.predicted or 0.0) / (plain[e.group] or 1.0) for e in ours]
         style: dict[str, Any] = {"color": LOOKS[OURS].color, "linewidth": 1.2, "label": PREDICTED}
@@ -244,8 +230,8 @@ def _kept(axis: Axes, entries: Sequence[Entry], key: str, ways: dict[str, Look])
 
 
 def _style(name: str, ways: dict[str, Look]) -> dict[str, Any]:
-    look = ways[_way(name)]
-    return {"color": look.color, "marker": look.marker, "label": _form(name) + _way(name)}
+    look = ways[Row.of(name).way]
+    return {"color": look.color, "marker": look.marker, "label": Row.of(name).form + Row.of(name).way}
 
 
 def _sent(axis: Axes, entries: Sequence[Entry], key: str, by: str, label: Callable[[Any], str]) -> None:

@@ -98,7 +98,7 @@ def _calls(results: Results) -> str:
     cases = ", ".join(f"{interval(entry.ratios[PLAIN])} ({entry.subject})" for entry in ours)
     return (
         f"* A call has its price: forward and backward of a layer so small that nothing else counts take {cases} of "
-        f"`{PLAIN}`'s time (median and 95 % interval), more for scattered filters. Networks of many small layers feel "
+        f"`{PLAIN}`'s time (median and 95 % interval). Networks of many small layers feel "
         f"it: see MobileNetV2 in the [report]({(RESULTS / 'report.md').relative_to(ROOT)})."
     )
 
