@@ -1,4 +1,4 @@
-"""The weight gradient by the compiled kernel of csrc/cpu/: what it can compute, and the call.
+"""The weight gradient by the compiled kernel of csrc/cpu/: what it can compute, and its calls.
 
 `native` is the compiled module, or None where the package was built without a C++ compiler.
 """
@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rwn_ext.subsets import run_indices
+from rwn_ext.subsets import run_indices, run_length
 
 if TYPE_CHECKING:
     from rwn_ext.planner import Problem
@@ -29,52 +28,49 @@ native: ModuleType | None = (
 )
 
 
-def weight_grad(
-    grad_output: Tensor,
-    input: Tensor,
-    filters: Runs,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    *,
-    out: Tensor,
-    bias: Tensor | None = None,
-    depthwise: bool = False,
-    instructions: str = "",
-) -> Tensor:
-    """Writes the gradient of the filters `filters` alone into `out` (Kt, C / groups, R, S), and returns it.
+class WeightGrad:
+    """The gradient of some filters of a convolution alone, and of their bias; what calls have in common settled once.
 
-    Equals `torch.nn.grad.conv2d_weight(...)[filters]` of a convolution with one group; into a dense `bias` (Kt,), if
-    there is one, goes `grad_output[:, filters].sum((0, 2, 3))`. With `depthwise`, of a convolution with as many groups
-    as channels and filters; `input` (N, Kt, H, W) then holds the channels of `filters` alone, and there is no `bias`.
-    All are float32 on the CPU, of any strides; the order of the sums depends on the sizes alone, not on the number of
-    threads (torch's). `instructions` names an instruction set of `native.INSTRUCTIONS`, by default the best here for
-    so many channels; ValueError for another.
+    Equals `torch.nn.grad.conv2d_weight(...)[filters]`, (Kt, C / groups, R, S) in this memory format, and
+    `grad_output[:, filters].sum((0, 2, 3))`, (Kt,); of one group, or of as many as there are channels and filters
+    (`depthwise`): the input (N, Kt, H, W) then holds the channels of `filters` alone, and no bias is computed. All are
+    float32 on the CPU, of any strides; the order of the sums depends on the sizes alone, not on the number of threads
+    (torch's).
     """
-    task = _task(
-        input.shape, input.stride(), grad_output.shape, grad_output.stride(), filters, out.stride(), kernel_size,
-        stride, padding, dilation, depthwise, instructions,
-    )  # fmt: skip
-    task(
-        input.data_ptr(),
-        grad_output.data_ptr(),
-        out.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
 
+    def __init__(
+        self, filters: Runs, channels: int, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair,
+        depthwise: bool, layout: torch.memory_format,
+    ) -> None:  # fmt: skip
+        self.shape = (run_length(filters), 1 if depthwise else channels, *kernel_size)
+        self.strides = torch.empty(self.shape, device="meta", memory_format=layout).stride()
+        self.sums_bias = not depthwise
+        self._problem = (list(run_indices(filters)), self.strides, kernel_size, stride, padding, dilation, depthwise)
+        self._tasks: dict[tuple[Sizes, ...], Any] = {}
 
-@lru_cache(maxsize=4096)
-def _task(
-    input_size: Sizes, input_stride: Sizes, output_size: Sizes, output_stride: Sizes, filters: Runs, *others: Any
-) -> Any:
-    """The compiled code's own form of these arguments: to read them takes it as long as a small layer's gradient."""
-    assert native is not None
-    return native.WeightGrad(
-        input_size, input_stride, output_size[2:], output_stride, list(run_indices(filters)), *others
-    )
+    def __call__(self, grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """The weight's gradient; with `bias`, the bias', too, where it is computed."""
+        operands = input.shape, input.stride(), grad_output.stride()
+        task = self._tasks.get(operands)
+        if task is None:
+            task = self._tasks[operands] = self._task(grad_output, input)
+        weight = input.new_empty_strided(self.shape, self.strides)
+        sums = input.new_empty(self.shape[0]) if bias and self.sums_bias else None
+        task(
+            input.data_ptr(),
+            grad_output.data_ptr(),
+            weight.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return weight, sums
+
+    def _task(self, grad_output: Tensor, input: Tensor) -> Any:
+        """The compiled code's own form of such operands: to read them takes it as long as a small layer's gradient."""
+        assert native is not None
+        return native.WeightGrad(
+            input.shape, input.stride(), grad_output.shape[2:], grad_output.stride(), *self._problem
+        )
 
 
 def obstacle(p: Problem) -> str | None:

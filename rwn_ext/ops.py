@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
-from torch.utils.weak import WeakIdKeyDictionary
 
-from rwn_ext import costs, cpu, cuda, planner
+from rwn_ext import costs, cpu, cuda, planner, rooms
 from rwn_ext.planner import Problem, plan
 from rwn_ext.subsets import Subset, run_indices, run_length
 
@@ -68,8 +67,8 @@ def merge(
         return plain(learned, fixed, runs, axis, dtype)
     if _watched():
         return torch.ops.rwn_ext.merge(learned, fixed, runs, axis, dtype, stage)
-    if fixed.numel() >= _ROOM_NUMEL and learned.dtype == fixed.dtype == dtype and axis == 0 and len(runs) == 2:
-        whole = _merged_in_room(learned, fixed, runs)
+    if axis == 0:
+        whole = rooms.whole(learned, fixed, runs, dtype)
         if whole is not None:
             return whole
     return _merge(learned, fixed, runs, axis, dtype)
@@ -133,7 +132,7 @@ def conv2d_weight_grads(
         return conv2d_weight_grad(*arguments), None
     if not _watched():
         planned = _plan_of(*arguments)
-        return _weight_grads(planned, grad_output, input, filters, groups, dtype or input.dtype, True, scale, shift)
+        return _run(planned, grad_output, input, filters, groups, dtype or input.dtype, True, scale, shift)
     # On a CPU a watched call leaves the bias to a sum of its own, on a GPU the op decides.
     if input.is_cuda:
         return torch.ops.rwn_ext.conv2d_weight_bias_grad(*arguments)
@@ -148,8 +147,8 @@ def reads_normed(
     if transformed() or (algorithm == "auto" and input.is_cpu):
         return False
     planned = _planned(
-        float32_precision(input.device, input.dtype), algorithm, input.shape, out_channels, filters, kernel_size,
-        stride, padding, dilation, groups, input.device, layout, input.dtype, True,
+        _precision_for(input), algorithm, input.shape, out_channels, filters, kernel_size, stride, padding, dilation,
+        groups, input.device, layout, input.dtype, True,
     )  # fmt: skip
     return planned.algorithm in planner.READERS
 
@@ -221,13 +220,13 @@ def conv2d_grads(
         return conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry), *conv2d_weight_grads(
             grad_output, input, filters, *geometry, algorithm, dtype, bias, scale, shift
         )
-    device, number, layout = input.device, input.dtype, memory_format(input)
+    number, layout = input.dtype, _dense_format(input)
     dtype = dtype or number
     planned = _planned(
-        float32_precision(device, number), algorithm, input.shape, weight.size(0), filters, kernel_size, stride,
-        padding, dilation, groups, device, layout, number, False,
+        _precision_for(input), algorithm, input.shape, weight.size(0), filters, kernel_size, stride, padding, dilation,
+        groups, input.device, layout, number, False,
     )  # fmt: skip
-    if planned.with_input and not misreads(input, kernel_size, stride):
+    if planned.with_input:
         grad_input, whole, sums = torch.ops.aten.convolution_backward.default(
             grad_output, input, weight, [weight.size(0)] if bias else None, stride, padding, dilation, False, (0, 0),
             groups, (True, True, bias),
@@ -241,7 +240,7 @@ def conv2d_grads(
     grad_input = conv2d_input_grad(
         grad_output, weight, input.shape[2:], kernel_size, stride, padding, dilation, groups
     )  # fmt: skip
-    return grad_input, *_weight_grads(planned, grad_output, input, filters, groups, dtype, bias)
+    return grad_input, *_run(planned, grad_output, input, filters, groups, dtype, bias, None, None)
 
 
 def take(tensor: Tensor, runs: Runs, axis: int) -> Tensor:
@@ -306,6 +305,10 @@ def float32_precision(device: torch.device, dtype: torch.dtype) -> str:
     return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def _precision_for(input: Tensor) -> str:
+    return "ieee" if input.is_cpu else float32_precision(input.device, input.dtype)
+
+
 @lru_cache(maxsize=64)
 def _chip(device: torch.device) -> costs.Chip:
     if device.type != "cuda":
@@ -316,12 +319,12 @@ def _chip(device: torch.device) -> costs.Chip:
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last for a tensor that is dense in NHWC order and in no other, else contiguous."""
-    if (
-        transformed()
-        or tensor.dim() != 4
-        or tensor.is_contiguous()
-        or not tensor.is_contiguous(memory_format=torch.channels_last)
-    ):
+    return torch.contiguous_format if transformed() else _dense_format(tensor)
+
+
+def _dense_format(tensor: Tensor) -> torch.memory_format:
+    """Likewise, where no transform of torch.func is at work."""
+    if tensor.dim() != 4 or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
     return torch.channels_last
 
@@ -377,106 +380,6 @@ def _merge(
     return whole.index_copy_(axis, _index(_complement(tuple(runs), whole.size(axis)), fixed.device), fixed)
 
 
-class _Room(NamedTuple):
-    """Memory of a whole weight, in which its fixed and its learned filters lie side by side."""
-
-    whole: Tensor
-    learned: Tensor
-    fixed: Tensor
-    runs: Runs
-    """The learned filters' places."""
-    shared: bool
-    """Whether a Parameter of learned filters lies there, too: then others may not be copied over it."""
-    addresses: tuple[int, int]
-    """Of the learned and of the fixed filters, when the room was made: memory may be moved under a tensor."""
-
-
-# Of a fixed Parameter, the room it lies in.
-_ROOMS = WeakIdKeyDictionary()
-# Below this size, copying all of it takes no longer than looking.
-_ROOM_NUMEL = 1 << 14
-
-
-def make_room(fixed: Tensor, start: int, count: int, learned: Tensor | None = None) -> None:
-    """Moves a Parameter of fixed filters to memory with room for the whole, of which they are the first or last.
-
-    So is `learned`, if it is a Parameter of the others, `count` filters from `start` on: `merge` then copies nothing.
-    Without one it copies the learned filters alone: copying what is fixed twice a step would be felt. Nothing happens
-    to a Parameter that is small, shared between processes, not on a CPU, or lies there already.
-    """
-    runs, room = (start, start + count), _ROOMS.get(fixed)
-    if room is not None and room.runs == runs and _holds(room, fixed, learned):
-        return
-    leave_room(fixed)
-    if fixed.numel() < _ROOM_NUMEL or start not in (0, fixed.size(0)) or not _is_movable(fixed):
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        # Its own strides: those of 1x1 filters tell nothing of a memory format.
-        whole = torch.empty_strided(
-            (fixed.size(0) + count, *fixed.shape[1:]), fixed.stride(), dtype=fixed.dtype, device=fixed.device
-        )
-        others, own = _part(whole, 0 if start else count, fixed.size(0)), _part(whole, start, count)
-        fixed.data = others.copy_(fixed)
-        shared = (
-            learned is not None and (learned.shape, learned.dtype) == (own.shape, own.dtype) and _is_movable(learned)
-        )
-        if learned is not None and shared:
-            learned.data = own.copy_(learned)
-        _ROOMS[fixed] = _Room(whole, own, others, runs, shared, (own.data_ptr(), others.data_ptr()))
-
-
-def _holds(room: _Room, fixed: Tensor, learned: Tensor | None) -> bool:
-    """Whether these Parameters lie in it, and no other does."""
-    own, others = room.addresses
-    if not _lies_in(fixed, room.fixed, others):
-        return False
-    return not room.shared if learned is None else room.shared and _lies_in(learned, room.learned, own)
-
-
-def leave_room(fixed: Tensor) -> None:
-    """Forgets the room of this Parameter, which with the learned one stays where it is."""
-    _ROOMS.pop(fixed, None)
-
-
-def _is_movable(parameter: Tensor) -> bool:
-    """Whether its values, which nobody else's memory holds, may lie elsewhere, filter by filter."""
-    return (
-        type(parameter) is nn.Parameter and parameter.is_cpu and not parameter.is_shared()
-        and not parameter.is_inference() and parameter.stride(0) == parameter[0].numel()
-        and torch.empty_like(parameter, device="meta").stride() == parameter.stride()
-        and parameter.untyped_storage().nbytes() == parameter.nbytes
-    )  # fmt: skip
-
-
-def _part(whole: Tensor, start: int, count: int) -> Tensor:
-    """These filters in their memory, as if there were no other: saved as a storage of their own."""
-    view = whole.narrow(0, start, count)
-    return torch.from_dlpack(view.as_strided((view.numel(),), (1,))).as_strided(view.shape, view.stride())
-
-
-def _lies_in(tensor: Tensor, place: Tensor, address: int) -> bool:
-    """Whether its numbers are those of this place, each where it is there."""
-    return tensor.data_ptr() == address and tensor.shape == place.shape and tensor.stride() == place.stride()
-
-
-def _merged_in_room(learned: Tensor, fixed: Tensor, runs: Runs) -> Tensor | None:
-    """The whole in the memory `make_room` gave, lent until the next call; None where there is none.
-
-    Nor is there where the whole must be differentiable, or where a Parameter has been given other memory since.
-    """
-    room = _ROOMS.get(fixed)
-    if room is None or (learned.requires_grad and torch.is_grad_enabled()):
-        return None
-    own, others = room.addresses
-    if runs != room.runs or not _lies_in(fixed, room.fixed, others):
-        return None
-    if not _lies_in(learned, room.learned, own):
-        if room.shared or learned.shape != room.learned.shape:
-            return None
-        room.learned.copy_(learned)
-    return room.whole
-
-
 @lru_cache(maxsize=4096)
 def _complement(runs: Runs, size: int) -> Runs:
     return Subset(size, runs).complement.runs
@@ -518,7 +421,7 @@ def _weight_grad(
     planned = _plan_of(
         grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, scale=scale
     )
-    return _run(planned, grad_output, input, filters, groups, dtype or input.dtype, scale, shift)
+    return _run(planned, grad_output, input, filters, groups, dtype or input.dtype, False, scale, shift)[0]
 
 
 def _weight_bias_grad(
@@ -530,22 +433,10 @@ def _weight_bias_grad(
     planned = _plan_of(
         grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, scale=scale
     )
-    grad_weight, grad_bias = _weight_grads(planned, grad_output, input, filters, groups, dtype, True, scale, shift)
+    grad_weight, grad_bias = _run(planned, grad_output, input, filters, groups, dtype, True, scale, shift)
     if grad_bias is None:
         grad_bias = take(grad_output, filters, 1).sum((0, 2, 3)).to(dtype)
     return grad_weight, grad_bias
-
-
-def _weight_grads(
-    planned: _Planned, grad_output: Tensor, input: Tensor, filters: Runs, groups: int, dtype: torch.dtype, bias: bool,
-    scale: Tensor | None = None, shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The gradient of these filters and, with `bias`, of their bias where one pass computes both."""
-    arguments = (planned, grad_output, input, filters, groups, dtype, scale, shift)
-    if not (bias and _sums_bias(planned, grad_output, input, dtype)):
-        return _run(*arguments), None
-    grad_bias = torch.empty(run_length(filters), dtype=dtype, device=input.device)
-    return _run(*arguments, bias=grad_bias), grad_bias
 
 
 class _Planned(NamedTuple):
@@ -555,6 +446,8 @@ class _Planned(NamedTuple):
     """Of grad_output, input, filters, the problem, groups and dtype; those of `planner.READERS` also of an `affine`."""
     with_input: bool = False
     """Whether the library's call can give the input's gradient, too."""
+    direct: cpu.WeightGrad | None = None
+    """Computes `direct`, where nobody differentiates that; then `implementation` does."""
 
 
 def _plan_of(
@@ -563,47 +456,62 @@ def _plan_of(
 ) -> _Planned:  # fmt: skip
     """What a `conv2d_weight_grad` of these arguments does."""
     return _planned(
-        float32_precision(input.device, input.dtype), algorithm, input.shape, grad_output.size(1), tuple(filters),
-        tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups, input.device, memory_format(input),
-        input.dtype, scale is not None,
+        _precision_for(input), algorithm, input.shape, grad_output.size(1), tuple(filters), tuple(kernel_size),
+        tuple(stride), tuple(padding), tuple(dilation), groups, input.device, memory_format(input), input.dtype,
+        scale is not None,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _planned(precision: str, algorithm: str, *geometry: Any) -> _Planned:
     """The problem of these arguments and the implementation of its plan, in one look-up."""
-    task = problem(*geometry)
-    chosen = plan(task, algorithm).algorithm
-    spared = task.device == "cpu" and _overruns(task.channels // task.groups, task.kernel_size, task.stride)
-    return _Planned(task, chosen, _ALGORITHMS[chosen], chosen == "full" and not spared)
+    task, filters = problem(*geometry), geometry[2]
+    return _planned_as(plan(task, algorithm).algorithm, task, filters)
+
+
+def _planned_as(algorithm: str, p: Problem, filters: Runs) -> _Planned:
+    spared = p.device == "cpu" and (
+        _overruns(p.channels // p.groups, p.kernel_size, p.stride)
+        or (p.dtype == "bfloat16" and _oversteps(p.width, p.kernel_size, p.stride))
+    )
+    direct = None
+    if algorithm == "direct":
+        direct = cpu.WeightGrad(
+            filters, p.channels, p.kernel_size, p.stride, p.padding, p.dilation, p.groups > 1, _layout(p)
+        )
+    return _Planned(p, algorithm, _ALGORITHMS[algorithm], algorithm == "full" and not spared, direct)
 
 
 def _run(
-    planned: _Planned, grad_output: Tensor, input: Tensor, filters: Runs, groups: int, dtype: torch.dtype,
-    scale: Tensor | None, shift: Tensor | None, **how: Any,
-) -> Tensor:  # fmt: skip
+    planned: _Planned, grad_output: Tensor, input: Tensor, filters: Runs, groups: int, dtype: torch.dtype, bias: bool,
+    scale: Tensor | None, shift: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradient of these filters and, with `bias`, of their bias where one pass computes both."""
+    affine = None
     if scale is not None and shift is not None:
         if planned.algorithm in planner.READERS:
-            how["affine"] = scale, shift
+            affine = scale, shift
         else:
             input = affine_relu(input, scale, shift)
-    p = planned.problem
-    grad_weight, layout = planned.implementation(grad_output, input, filters, p, groups, dtype, **how), _layout(p)
-    # Calls that do nothing would be felt by small layers.
+    p, grad_bias = planned.problem, None
+    if planned.direct is not None and not _is_differentiated(grad_output, input):
+        grad_weight, grad_bias = planned.direct(grad_output, input, bias)
+    else:
+        how: dict[str, Any] = {} if affine is None else {"affine": affine}
+        if bias and _sums_bias(planned, grad_output, input):
+            how["bias"] = grad_bias = torch.empty(p.learned, dtype=dtype, device=input.device)
+        grad_weight = planned.implementation(grad_output, input, filters, p, groups, dtype, **how)
+        grad_weight = grad_weight.contiguous(memory_format=_layout(p))
     if grad_weight.dtype != dtype:
-        grad_weight = grad_weight.to(dtype)
-    return (
-        grad_weight if grad_weight.is_contiguous(memory_format=layout) else grad_weight.contiguous(memory_format=layout)
-    )
+        return grad_weight.to(dtype), None if grad_bias is None else grad_bias.to(dtype)
+    return grad_weight, grad_bias
 
 
-def _sums_bias(planned: _Planned, grad_output: Tensor, input: Tensor, dtype: torch.dtype) -> bool:
-    """Whether this plan can compute the bias' gradient in the same pass."""
-    p = planned.problem
-    if _is_differentiated(grad_output, input):
+def _sums_bias(planned: _Planned, grad_output: Tensor, input: Tensor) -> bool:
+    """Whether one of Triton's kernels computes the bias' gradient in the same pass."""
+    if planned.algorithm not in costs.TRITON or _is_differentiated(grad_output, input):
         return False
-    if planned.algorithm not in costs.TRITON:
-        return planned.algorithm == "direct" and p.groups == 1 and dtype == input.dtype
+    p = planned.problem
     geometry = (p.kernel_size, p.stride, p.padding, p.dilation)
     return _triton_kernels().sums_bias(planned.algorithm, geometry, input.shape[2:], grad_output.shape[2:])
 
@@ -752,8 +660,11 @@ def misreads(input: Tensor, kernel_size: Pair, stride: Pair) -> bool:
     In version 3.12 it is, in bfloat16 with AVX-512's instructions for it, where a step of the filters is wider than the
     image: what happens to lie in memory is added, to plain `nn.Conv2d`'s gradient alike.
     """
-    half = input.dtype == torch.bfloat16 and input.is_cpu
-    return half and kernel_size[1] > 1 and input.size(3) < stride[1]
+    return input.dtype == torch.bfloat16 and input.is_cpu and _oversteps(input.size(3), kernel_size, stride)
+
+
+def _oversteps(width: int, kernel_size: Pair, stride: Pair) -> bool:
+    return kernel_size[1] > 1 and width < stride[1]
 
 
 def _matmul(grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype) -> Tensor:
@@ -820,16 +731,6 @@ def _is_differentiated(*operands: Tensor) -> bool:
     return torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
 
 
-def _direct(
-    grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype,
-    bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    shape = (p.learned, p.channels // p.groups, *p.kernel_size)
-    out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_layout(p))
-    geometry = (p.kernel_size, p.stride, p.padding, p.dilation)
-    return cpu.weight_grad(grad_output, input, filters, *geometry, out=out, bias=bias, depthwise=p.groups > 1)
-
-
 def _triton(
     family: str, grad_output: Tensor, input: Tensor, filters: Runs, p: Problem, groups: int, dtype: torch.dtype,
     affine: Affine | None = None, bias: Tensor | None = None,
@@ -862,13 +763,13 @@ _ALGORITHMS: dict[str, Callable[..., Tensor]] = {
     "gather": _gather,
     "matmul": _matmul,
     "unfold": _unfold,
-    "direct": partial(_kernel, _direct),
+    "direct": _gather,  # for double backward, which goes through aten
     **{family: partial(_kernel, partial(_triton, family)) for family in costs.TRITON},
     **{f"cuda_{kernel}": partial(_kernel, partial(_cuda, kernel)) for kernel in cuda.KERNELS},
 }
 
 
-def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Tensor]]:
+def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Any]]:
     """Each algorithm on operands of this problem's shape, for the planner to measure."""
     dtype, layout = getattr(torch, p.dtype), _layout(p)
     sizes = (p.batch, p.channels, p.height, p.width), (p.batch, p.filters, *p.output_size)
@@ -880,7 +781,7 @@ def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Tenso
     affine = (vector, vector) if p.normed else (None, None)
     return {
         name: partial(
-            _run, _Planned(p, name, _ALGORITHMS[name]), grad_output, input, runs, p.groups, dtype, *affine
+            _run, _planned_as(name, p, runs), grad_output, input, runs, p.groups, dtype, False, *affine
         )
         for name in algorithms
     }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rwn_ext import ops
+from rwn_ext import rooms
 from rwn_ext.partition import BIAS_PARTS, PARTS, WEIGHT_PARTS, Partition
 from rwn_ext.subsets import Subset, choose
 
@@ -247,7 +247,7 @@ class PartialLayer(nn.Module):
             if part is None:
                 self.register_parameter(name, None)
                 if old is not None:
-                    ops.leave_room(old)
+                    rooms.leave(old)
                     _set_value(old, old.new_empty(0))
                     self._idle[name] = old
             elif old is None and name not in self._idle:
@@ -259,19 +259,24 @@ class PartialLayer(nn.Module):
         self._make_room()
 
     def _make_room(self) -> None:
-        """Lets the filters lie where merging the fixed ones with the learned ones costs least."""
-        fixed, runs = self._parameters.get("weight_frozen"), self.filters.runs
-        learned = self._parameters.get("weight_trainable") if self.inputs.is_full else None
-        if fixed is not None and len(runs) == 2 and self.frozen != "zero":
-            ops.make_room(fixed, runs[0], len(self.filters), learned)
-        elif fixed is not None:
-            ops.leave_room(fixed)
+        """Lets the parts lie where merging the fixed one with the learned one costs least."""
+        for name, learned in (("weight", self.filters), ("bias", self.partition.bias_filters)):
+            fixed, own = self._parameters.get(f"{name}_frozen"), self._parameters.get(f"{name}_trainable")
+            if fixed is None:
+                continue
+            if len(learned.runs) == 2 and self.frozen != "zero":
+                whole_rows = name == "bias" or self.inputs.is_full
+                rooms.make(fixed, learned.runs[0], len(learned), own if whole_rows else None)
+            else:
+                rooms.leave(fixed)
 
     def _leave_room(self) -> None:
         """Where tensors are swapped, which they are not while anything looks at them from outside."""
-        fixed = self._parameters.get("weight_frozen")
-        if fixed is not None and torch.__future__.get_swap_module_params_on_conversion():
-            ops.leave_room(fixed)
+        if torch.__future__.get_swap_module_params_on_conversion():
+            for name in ("weight_frozen", "bias_frozen"):
+                fixed = self._parameters.get(name)
+                if fixed is not None:
+                    rooms.leave(fixed)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PartialLayer:
         self._leave_room()

@@ -26,14 +26,23 @@ def instructions() -> tuple[str, ...]:
 def weight_grad(grad_output, input, filters, kernel_size, stride, padding, dilation, which="", depthwise=False):
     out = torch.full((len(filters), 1 if depthwise else input.size(1), *kernel_size), torch.nan)
     bias = None if depthwise else torch.full((len(filters),), torch.nan)
-    ours = cpu.weight_grad(
-        grad_output, input, filters.runs, kernel_size, stride, padding, dilation, out=out, bias=bias,
-        depthwise=depthwise, instructions=which,
-    )  # fmt: skip
+    compute(grad_output, input, filters, kernel_size, stride, padding, dilation, out, bias, depthwise, which)
     if bias is not None:
         expected = grad_output.double()[:, list(run_indices(filters.runs))].sum((0, 2, 3))
         torch.testing.assert_close(bias.double(), expected, rtol=1e-5, atol=1e-4)
-    return ours
+    return out
+
+
+def compute(
+    grad_output, input, filters, kernel_size, stride, padding, dilation, out, bias=None, depthwise=False, which=""
+):
+    """Into `out`, of any strides, and `bias`."""
+    task = cpu.native.WeightGrad(
+        input.shape, input.stride(), grad_output.shape[2:], grad_output.stride(), list(run_indices(filters.runs)),
+        out.stride(), kernel_size, stride, padding, dilation, depthwise, which,
+    )  # fmt: skip
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (input, grad_output, out, bias)]
+    task(*addresses, torch.get_num_threads())
 
 
 def oracle(grad_output, input, filters, kernel_size, stride, padding, dilation):
@@ -190,7 +199,7 @@ def test_long_sums_stay_accurate():
 def test_long_sums_of_biases_stay_accurate(batch, pixels):
     input, grad_output, bias = torch.rand(batch, 1, 1, pixels), torch.rand(batch, 8, 1, pixels), torch.empty(8)
     geometry, out = ((1, 1), (1, 1), (0, 0), (1, 1)), torch.empty(8, 1, 1, 1)
-    cpu.weight_grad(grad_output, input, Subset.full(8).runs, *geometry, out=out, bias=bias)
+    compute(grad_output, input, Subset.full(8), *geometry, out, bias)
     expected = grad_output.double().sum((0, 2, 3))
     assert (bias.double() - expected).norm() / expected.norm() < 8 * torch.finfo(torch.float32).eps
 
@@ -234,10 +243,10 @@ def test_unknown_instructions():
 def test_what_does_not_belong_together_is_refused():
     one = torch.zeros(1, 2, 3, 3)
     with pytest.raises(ValueError, match=r"filters=\[\] asks for the gradient of no filter"):
-        cpu.weight_grad(one, one, (), *[(1, 1)] * 2, (0, 0), (1, 1), out=torch.zeros(0, 2, 1, 1))
+        compute(one, one, Subset.empty(2), *[(1, 1)] * 2, (0, 0), (1, 1), torch.zeros(0, 2, 1, 1))
     with pytest.raises(ValueError, match="bias is not computed beside depthwise filters"):
         out, bias = torch.zeros(2, 1, 1, 1), torch.zeros(2)
-        cpu.weight_grad(one, one, (0, 2), *[(1, 1)] * 2, (0, 0), (1, 1), out=out, bias=bias, depthwise=True)
+        compute(one, one, Subset.full(2), *[(1, 1)] * 2, (0, 0), (1, 1), out, bias, True)
     with pytest.raises(ValueError, match="2 channels for 1 depthwise filters"):
         weight_grad(one, one, Subset.from_indices(2, [1]), *[(1, 1)] * 2, (0, 0), (1, 1), depthwise=True)
 
