@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwn_ext import ops
+from rwn_ext import ops, rooms
 from rwn_ext.ops import Pair, Runs
 
 
@@ -45,7 +45,7 @@ class PartialConv2dFunction(torch.autograd.Function):
     Kept for backward: the parameters the weight is merged from, if the input needs a gradient; `seen`, if the learned
     weights need one. `seen` is a compact copy of the channels that the learned weights see, or None where that is the
     input itself; it is an argument, not made in here, so that double backward reaches it. The merged weight is made
-    again in backward. All is computed in the input's type.
+    again in backward, unless it is there at all times. All is computed in the input's type.
     """
 
     @staticmethod
@@ -63,7 +63,9 @@ class PartialConv2dFunction(torch.autograd.Function):
         weights = (weight_trainable, weight_frozen, weight_frozen_inputs)
         _keep(ctx, input, seen, weights)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
-        return convolve(input, weights, (bias_trainable, bias_frozen), layer)
+        weight = merged_weight(weights, layer, input.dtype, "forward")
+        ctx.weight = weight if rooms.lasts(weight, weight_frozen) else None
+        return convolve(input, weight, (bias_trainable, bias_frozen), layer)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -72,7 +74,7 @@ class PartialConv2dFunction(torch.autograd.Function):
         with without_autocast(grad_output):
             grad_input, grad_weight, grad_bias = gradients(
                 grad_output, weights, seen, ctx.layer, ctx.input_size, ctx.weight_dtype,
-                (needs_input, needs_weight, needs_bias),
+                (needs_input, needs_weight, needs_bias), weight=None if torch.is_grad_enabled() else ctx.weight,
             )  # fmt: skip
         return grad_input, None, grad_weight, None, None, grad_bias, None, None
 
@@ -131,10 +133,10 @@ def _keep(ctx: Any, input: Tensor, seen: Tensor | None, weights: Sequence[Tensor
     ctx.weight_dtype = None if weights[0] is None else weights[0].dtype
 
 
-def convolve(input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], layer: Layer) -> Tensor:
-    """The convolution with the weight and bias merged from these parts, in the input's type."""
+def convolve(input: Tensor, weight: Tensor, biases: Sequence[Tensor | None], layer: Layer) -> Tensor:
+    """The convolution with this weight and the bias merged from these parts, in the input's type."""
     return torch.convolution(
-        input, merged_weight(weights, layer, input.dtype, "forward"),
+        input, weight,
         merged_bias(biases[0], biases[1], layer, input.dtype, "forward"), layer.stride, layer.padding,
         layer.dilation, False, (0, 0), layer.groups,
     )  # fmt: skip
@@ -143,18 +145,20 @@ def convolve(input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[T
 def gradients(
     grad_output: Tensor, weights: Sequence[Tensor | None], seen: Tensor | None, layer: Layer, input_size: Any,
     weight_dtype: torch.dtype | None, needs: tuple[bool, bool, bool],
-    affine: tuple[Tensor | None, Tensor | None] = (None, None),
+    affine: tuple[Tensor | None, Tensor | None] = (None, None), weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients that `needs` asks for: of the input, the learned weights (in their type), the learned biases.
 
-    With `affine`, a scale and a shift, the convolution saw `ops.affine_relu` of `seen`.
+    With `affine`, a scale and a shift, the convolution saw `ops.affine_relu` of `seen`. `weight` is that of `weights`
+    merged, where it is at hand.
     """
     grad_input = grad_weight = grad_bias = None
     needs_input, needs_weight, needs_bias = needs
     geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
     how = (layer.algorithm, weight_dtype, needs_bias and layer.bias == layer.filters, *affine)
     if needs_input:
-        weight = merged_weight(weights, layer, grad_output.dtype, "backward")
+        if weight is None:
+            weight = merged_weight(weights, layer, grad_output.dtype, "backward")
         if needs_weight and layer.seen is None:
             assert seen is not None
             grad_input, grad_weight, grad_bias = ops.conv2d_grads(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,34 +29,33 @@ native: ModuleType | None = (
 
 
 class WeightGrad:
-    """The gradient of some filters of a convolution alone, and of their bias; what calls have in common settled once.
+    """The gradient of some filters of a convolution alone, and of their bias, for operands of these sizes and strides.
 
     Equals `torch.nn.grad.conv2d_weight(...)[filters]`, (Kt, C / groups, R, S) in this memory format, and
     `grad_output[:, filters].sum((0, 2, 3))`, (Kt,); of one group, or of as many as there are channels and filters
     (`depthwise`): the input (N, Kt, H, W) then holds the channels of `filters` alone, and no bias is computed. All are
-    float32 on the CPU, of any strides; the order of the sums depends on the sizes alone, not on the number of threads
-    (torch's).
+    float32 on the CPU; the order of the sums depends on the sizes alone, not on the number of threads (torch's).
     """
 
     def __init__(
-        self, filters: Runs, channels: int, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair,
-        depthwise: bool, layout: torch.memory_format,
+        self, input_size: Sizes, input_stride: Sizes, output_size: Sizes, output_stride: Sizes, filters: Runs,
+        kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, depthwise: bool, layout: torch.memory_format,
     ) -> None:  # fmt: skip
-        self.shape = (run_length(filters), 1 if depthwise else channels, *kernel_size)
+        assert native is not None
+        self.shape = (run_length(filters), 1 if depthwise else input_size[1], *kernel_size)
         self.strides = torch.empty(self.shape, device="meta", memory_format=layout).stride()
         self.sums_bias = not depthwise
-        self._problem = (list(run_indices(filters)), self.strides, kernel_size, stride, padding, dilation, depthwise)
-        self._tasks: dict[tuple[Sizes, ...], Any] = {}
+        # Once for all calls: to read its arguments takes it as long as a small layer's gradient.
+        self.compute = native.WeightGrad(
+            input_size, input_stride, output_size[2:], output_stride, list(run_indices(filters)), self.strides,
+            kernel_size, stride, padding, dilation, depthwise,
+        )  # fmt: skip
 
     def __call__(self, grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
         """The weight's gradient; with `bias`, the bias', too, where it is computed."""
-        operands = input.shape, input.stride(), grad_output.stride()
-        task = self._tasks.get(operands)
-        if task is None:
-            task = self._tasks[operands] = self._task(grad_output, input)
         weight = input.new_empty_strided(self.shape, self.strides)
         sums = input.new_empty(self.shape[0]) if bias and self.sums_bias else None
-        task(
+        self.compute(
             input.data_ptr(),
             grad_output.data_ptr(),
             weight.data_ptr(),
@@ -64,13 +63,6 @@ class WeightGrad:
             torch.get_num_threads(),
         )
         return weight, sums
-
-    def _task(self, grad_output: Tensor, input: Tensor) -> Any:
-        """The compiled code's own form of such operands: to read them takes it as long as a small layer's gradient."""
-        assert native is not None
-        return native.WeightGrad(
-            input.shape, input.stride(), grad_output.shape[2:], grad_output.stride(), *self._problem
-        )
 
 
 def obstacle(p: Problem) -> str | None:

@@ -29,6 +29,7 @@ from rwn_ext.subsets import Subset, run_indices, run_length
 
 Pair = tuple[int, int]
 Runs = tuple[int, ...]
+Sizes = tuple[int, ...]
 
 torch.library.define(
     "rwn_ext::merge",
@@ -146,11 +147,16 @@ def reads_normed(
     """Whether `conv2d_weight_grad` with a `scale` and `shift` of such an input would apply them while reading it."""
     if transformed() or (algorithm == "auto" and input.is_cpu):
         return False
-    planned = _planned(
+    chosen = _chosen(
         _precision_for(input), algorithm, input.shape, out_channels, filters, kernel_size, stride, padding, dilation,
         groups, input.device, layout, input.dtype, True,
     )  # fmt: skip
-    return planned.algorithm in planner.READERS
+    return chosen in planner.READERS
+
+
+@lru_cache(maxsize=4096)
+def _chosen(precision: str, algorithm: str, *geometry: Any) -> str:
+    return plan(problem(*geometry), algorithm).algorithm
 
 
 def affine_relu(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -220,18 +226,18 @@ def conv2d_grads(
         return conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry), *conv2d_weight_grads(
             grad_output, input, filters, *geometry, algorithm, dtype, bias, scale, shift
         )
-    number, layout = input.dtype, _dense_format(input)
+    number = input.dtype
     dtype = dtype or number
     planned = _planned(
-        _precision_for(input), algorithm, input.shape, weight.size(0), filters, kernel_size, stride, padding, dilation,
-        groups, input.device, layout, number, False,
+        _precision_for(input), algorithm, input.shape, input.stride(), grad_output.shape, grad_output.stride(), filters,
+        kernel_size, stride, padding, dilation, groups, input.device, number, False,
     )  # fmt: skip
     if planned.with_input:
         grad_input, whole, sums = torch.ops.aten.convolution_backward.default(
             grad_output, input, weight, [weight.size(0)] if bias else None, stride, padding, dilation, False, (0, 0),
             groups, (True, True, bias),
         )  # fmt: skip
-        grad_weight, grad_bias = _copied(whole, filters, layout), None
+        grad_weight, grad_bias = _copied(whole, filters, _layout(planned.problem)), None
         if bias:
             grad_bias = _copied(sums, filters, torch.contiguous_format)
         if number != dtype:
@@ -319,14 +325,30 @@ def _chip(device: torch.device) -> costs.Chip:
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last for a tensor that is dense in NHWC order and in no other, else contiguous."""
-    return torch.contiguous_format if transformed() else _dense_format(tensor)
-
-
-def _dense_format(tensor: Tensor) -> torch.memory_format:
-    """Likewise, where no transform of torch.func is at work."""
-    if tensor.dim() != 4 or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+    if (
+        transformed()
+        or tensor.dim() != 4
+        or tensor.is_contiguous()
+        or not tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
         return torch.contiguous_format
     return torch.channels_last
+
+
+def _format_of(size: Sizes, stride: Sizes) -> torch.memory_format:
+    """Likewise, of an (N, C, H, W) tensor of this size and stride."""
+    channels_last = _is_dense(size, stride, (1, 3, 2, 0)) and not _is_dense(size, stride, (3, 2, 1, 0))
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _is_dense(size: Sizes, stride: Sizes, order: tuple[int, ...]) -> bool:
+    """With these axes from the innermost one on, as torch counts: one of size 1 may have any stride."""
+    expected = 1
+    for axis in order:
+        if size[axis] != 1 and stride[axis] != expected:
+            return 0 in size
+        expected *= size[axis]
+    return True
 
 
 def _layout(p: Problem) -> torch.memory_format:
@@ -455,31 +477,48 @@ def _plan_of(
     dilation: Pair, groups: int, algorithm: str, dtype: Any = None, scale: Tensor | None = None, shift: Any = None,
 ) -> _Planned:  # fmt: skip
     """What a `conv2d_weight_grad` of these arguments does."""
+    # Transforms of torch.func know of no memory format.
+    strides = ((), ()) if transformed() else (input.stride(), grad_output.stride())
     return _planned(
-        _precision_for(input), algorithm, input.shape, grad_output.size(1), tuple(filters), tuple(kernel_size),
-        tuple(stride), tuple(padding), tuple(dilation), groups, input.device, memory_format(input), input.dtype,
+        _precision_for(input), algorithm, input.shape, strides[0], grad_output.shape, strides[1], tuple(filters),
+        tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups, input.device, input.dtype,
         scale is not None,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
-def _planned(precision: str, algorithm: str, *geometry: Any) -> _Planned:
+def _planned(
+    precision: str, algorithm: str, input_size: Sizes, input_stride: Sizes, output_size: Sizes, output_stride: Sizes,
+    filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int, device: torch.device,
+    dtype: torch.dtype, normed: bool,
+) -> _Planned:  # fmt: skip
     """The problem of these arguments and the implementation of its plan, in one look-up."""
-    task, filters = problem(*geometry), geometry[2]
-    return _planned_as(plan(task, algorithm).algorithm, task, filters)
+    layout = _format_of(input_size, input_stride) if input_stride else torch.contiguous_format
+    p = problem(
+        input_size, output_size[1], filters, kernel_size, stride, padding, dilation, groups, device, layout, dtype,
+        normed,
+    )  # fmt: skip
+    operands = input_size, input_stride, output_size, output_stride
+    return _planned_as(plan(p, algorithm).algorithm, p, filters, operands)
 
 
-def _planned_as(algorithm: str, p: Problem, filters: Runs) -> _Planned:
+def _planned_as(algorithm: str, p: Problem, filters: Runs, operands: tuple[Sizes, Sizes, Sizes, Sizes]) -> _Planned:
+    """Likewise, the algorithm chosen. `operands` are the size and stride of the input and of the output."""
     spared = p.device == "cpu" and (
         _overruns(p.channels // p.groups, p.kernel_size, p.stride)
         or (p.dtype == "bfloat16" and _oversteps(p.width, p.kernel_size, p.stride))
     )
     direct = None
     if algorithm == "direct":
-        direct = cpu.WeightGrad(
-            filters, p.channels, p.kernel_size, p.stride, p.padding, p.dilation, p.groups > 1, _layout(p)
-        )
+        geometry = (p.kernel_size, p.stride, p.padding, p.dilation)
+        direct = cpu.WeightGrad(*operands, filters, *geometry, depthwise=p.groups > 1, layout=_layout(p))
     return _Planned(p, algorithm, _ALGORITHMS[algorithm], algorithm == "full" and not spared, direct)
+
+
+def _forget() -> None:
+    """The plans, which depend on what was measured."""
+    _planned.cache_clear()
+    _chosen.cache_clear()
 
 
 def _run(
@@ -777,17 +816,18 @@ def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Any]]
     per_group = -(-p.learned // p.groups)
     learned = [k for k in range(p.filters) if k % (p.filters // p.groups) < per_group][: p.learned]
     runs = Subset.from_indices(p.filters, learned).runs
+    operands = input.shape, input.stride(), grad_output.shape, grad_output.stride()
     vector = torch.ones(p.channels, device=p.device)
     affine = (vector, vector) if p.normed else (None, None)
     return {
         name: partial(
-            _run, _planned_as(name, p, runs), grad_output, input, runs, p.groups, dtype, False, *affine
+            _run, _planned_as(name, p, runs, operands), grad_output, input, runs, p.groups, dtype, False, *affine
         )
         for name in algorithms
     }  # fmt: skip
 
 
-planner.connect(_rehearse, _planned.cache_clear)
+planner.connect(_rehearse, _forget)
 
 
 def _flops(p: Problem, algorithm: str) -> int:

@@ -102,6 +102,17 @@ def whole(learned: Tensor, fixed: Tensor, runs: Runs, dtype: torch.dtype) -> Ten
     return room.whole
 
 
+def lasts(merged: Tensor, fixed: Tensor | None) -> bool:
+    """Whether this is what `whole` gave for a fixed Parameter and the learned one that lies in its room, too.
+
+    Then it holds at any later time what these hold, and costs nothing to keep.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    room = _ROOMS.get(id(fixed))
+    return room is not None and room.shared and room.whole is merged
+
+
 def _holds(room: _Room, fixed: Tensor, learned: Tensor | None) -> bool:
     """Whether these Parameters lie in it, and no other does."""
     if not room.fixed.has(fixed):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwn_ext import ops, planner
-from rwn_ext.autograd import Layer, convolve, gradients
+from rwn_ext.autograd import Layer, convolve, gradients, merged_weight
 from rwn_ext.functional import autocast_dtype
 from rwn_ext.modules import PartialConv2d
 from rwn_ext.ops import Pair, Runs, memory_format
@@ -37,7 +37,8 @@ class Conv(NamedTuple):
 
     def forward(self, y: Tensor, parts: Parts) -> Tensor:
         if not self.ordinary:
-            return convolve(y, parts[:3], parts[3:], self.layer)
+            weight = merged_weight(parts[:3], self.layer, y.dtype, "forward")
+            return convolve(y, weight, parts[3:], self.layer)
         weight, bias = parts[0], parts[4] if parts[3] is None else parts[3]
         assert weight is not None
         weight, bias = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
