@@ -51,6 +51,7 @@ class WeightGrad {
       p.input_stride[i] = input_stride[i], p.gradient_stride[i] = gradient_stride[i];
       p.result_stride[i] = result_stride[i];
     }
+    p.block_floats = block_floats();
   }
 
   void operator()(uintptr_t input, uintptr_t grad_output, uintptr_t result, uintptr_t bias, int threads) const {

@@ -6,8 +6,8 @@
 // reaches is two registers of channels, times each filter's gradient there, which is one number. The sums of a tap's
 // filters stay in registers for the whole block; its pixels come from the first level cache, taps times. With so few
 // filters that registers are left, several taps of a row of the kernel share a pixel: each finds its own gradient for
-// it, a zero where it has none. A single tap reads the input where it lies, a block's tiles one after another, so that
-// memory is read in the order it is in.
+// it, a zero where it has none. A single tap reads the input where it lies, and so do these where that is dense enough,
+// a block's tiles one after another, so that memory is read in the order it is in.
 //
 // Nothing of the standard library's inline code here: the linker keeps one copy of it, perhaps this one, for all.
 #include "weight_grad.h"
@@ -18,11 +18,11 @@ namespace {
 constexpr int TILE = 2 * LANES;
 // A block has rows of up to this many outputs, and as many of them as the first level cache has room for.
 constexpr int BLOCK_COLUMNS = 32;
-constexpr int BLOCK_BYTES = 24 * 1024;
 // With a single tap it has so many outputs: cache lines in which one tile ends and the next begins are still there.
 constexpr int SINGLE_TAP_OUTPUTS = 128;
-// So many taps share a pixel at most.
-constexpr int TAPS_TOGETHER = 3;
+// So many taps share a pixel at most. These read it where it lies, too, once for each row of the kernel, if pixels are
+// no further apart than so many channels: then they are not all in the same few places of the cache.
+constexpr int TAPS_TOGETHER = 3, IN_PLACE_CHANNELS = 128;
 // Pixels of the input are asked for so many pixels before they are copied, or else used where they lie.
 constexpr int PACK_AHEAD = 16, FAR_AHEAD = 256;
 
@@ -62,9 +62,9 @@ int input_columns(const Problem& p, int columns) {
 
 int block_rows(const Problem& p) {
   if (p.taps() == 1) return larger(1, smaller(p.out_height, SINGLE_TAP_OUTPUTS / block_columns(p)));
-  const int columns = input_columns(p, block_columns(p));
-  const int input_rows = BLOCK_BYTES / (columns * TILE * int(sizeof(float)));
-  const int rows = (input_rows - (p.kernel_h - 1) * p.dilation_h - 1) / p.stride_h + 1;
+  const int input_row = input_columns(p, block_columns(p)) * TILE, gradient_row = block_columns(p) * p.learned;
+  const int first = ((p.kernel_h - 1) * p.dilation_h + 1 - p.stride_h) * input_row;  // takes so much more than others
+  const int rows = (p.block_floats - first) / (p.stride_h * input_row + gradient_row);
   return larger(1, smaller(p.out_height, rows));
 }
 
@@ -73,7 +73,7 @@ int block_images(const Problem& p) {
   if (block_rows(p) < p.out_height || block_columns(p) < all_columns(p)) return 1;
   const int rows = input_extent(p.out_height, p.stride_h, p.kernel_h, p.dilation_h);
   const int columns = input_columns(p, all_columns(p));
-  return larger(1, BLOCK_BYTES / (rows * columns * TILE * int(sizeof(float))));
+  return larger(1, p.block_floats / (rows * columns * TILE + p.out_height * all_columns(p) * p.learned));
 }
 
 Block block_at(const Problem& p, int image, int images, int row, int column) {
@@ -297,8 +297,7 @@ void correlate_tile(const Problem& p, const Block& b, const float* input, const 
     if (asks != FURTHER_ON && 4 * walk.columns <= walk.images) walk = turned(walk);
     const float* x =
         input + (down + rows.begin * p.stride_h) * steps.row + (right + columns.begin * p.stride_w) * steps.column;
-    const float* g = gradient + b.image * outputs.image + (b.row + rows.begin) * outputs.row +
-                     (b.column + columns.begin) * outputs.column;
+    const float* g = gradient + (b.row + rows.begin) * outputs.row + (b.column + columns.begin) * outputs.column;
     for (int part = 0; part < parts; ++part) {
       const int begin = part_begin(p.learned, parts, part), end = part_begin(p.learned, parts, part + 1);
       const Accumulate* add = asks == NOTHING      ? one_tap<NOTHING>.of
@@ -327,8 +326,7 @@ void correlate_together(const Problem& p, const Block& b, const float* input, co
                  ahead};
     if (4 * walk.columns <= walk.images) walk = turned(walk);
     const float* x = input + (down + rows.begin * p.stride_h) * steps.row;
-    const float* g = gradient + b.image * outputs.image + (b.row + rows.begin) * outputs.row +
-                     (b.column + p.padding_w + halo) * outputs.column;
+    const float* g = gradient + (b.row + rows.begin) * outputs.row + (b.column + p.padding_w + halo) * outputs.column;
     for (int part = 0; part < parts; ++part) {
       const int begin = part_begin(p.kernel_w, parts, part), taps = part_begin(p.kernel_w, parts, part + 1) - begin;
       const Accumulate add = (asks ? by_taps<ELSEWHERE_IN_PARTS> : by_taps<NOTHING>)[taps - 1][p.learned - 1];
@@ -340,11 +338,13 @@ void correlate_together(const Problem& p, const Block& b, const float* input, co
 
 void correlate(const Problem& p, const Item& item, const float* input, const float* gradient, float* scratch,
                float* sums) {
-  const bool in_place = p.taps() == 1 && p.input_stride[1] == 1;
+  const bool side_by_side = p.input_stride[1] == 1;
+  const bool in_place = side_by_side && (p.taps() == 1 || (together(p) && p.input_stride[3] <= IN_PLACE_CHANNELS));
   const int64_t tile_sums = int64_t(p.taps()) * p.learned * TILE;
+  const int64_t gradient_image = int64_t(p.out_height) * (p.out_width + 2 * gradient_halo(p)) * p.learned;
   const Steps there = {p.input_stride[0], p.input_stride[2], p.input_stride[3]};
   const int images = block_images(p), last = item.first_image + item.images;
-  for (int n = item.first_image; n < last; n += images) {
+  for (int n = item.first_image; n < last; n += images, gradient += images * gradient_image) {
     for (int row = 0; row < p.out_height; row += block_rows(p)) {
       for (int column = 0; column < all_columns(p); column += block_columns(p)) {
         const Block b = block_at(p, n, smaller(images, last - n), row, column);
@@ -352,22 +352,23 @@ void correlate(const Problem& p, const Item& item, const float* input, const flo
         for (int c = 0; c < item.channels; c += TILE, to += tile_sums) {
           const int channels = smaller(TILE, item.channels);
           const float* from = input + (item.first_channel + smaller(c, item.channels - channels)) * p.input_stride[1];
-          if (in_place && channels == TILE) {
-            const float* first = from + n * there.image + b.top * there.row + b.left * there.column;
-            correlate_tile(p, b, first, there, FURTHER_ON, {}, gradient, to);
-          } else {
-            const Steps steps = {int64_t(b.input_rows) * b.input_columns * TILE, int64_t(b.input_columns) * TILE, TILE};
+          const float* pixels = from + n * there.image + b.top * there.row + b.left * there.column;
+          Steps steps = there;
+          const bool packed = !in_place || channels < TILE;
+          if (packed) {
             pack(p, b, channels, from, scratch);
-            // The rows that follow, perhaps of the next image: most often they are the next block's.
-            const float* next =
-                from + (n + b.images - 1) * there.image + (b.top + b.input_rows) * there.row + b.left * there.column;
-            const Ahead ahead = {next, there, 0, 1};
-            const bool asks = p.input_stride[1] == 1;
-            if (together(p)) {
-              correlate_together(p, b, scratch, steps, asks, ahead, gradient, to);
-            } else {
-              correlate_tile(p, b, scratch, steps, asks ? ELSEWHERE : NOTHING, ahead, gradient, to);
-            }
+            pixels = scratch;
+            steps = {int64_t(b.input_rows) * b.input_columns * TILE, int64_t(b.input_columns) * TILE, TILE};
+          }
+          // The rows that follow, perhaps of the next image: most often they are the next block's.
+          const float* next =
+              from + (n + b.images - 1) * there.image + (b.top + b.input_rows) * there.row + b.left * there.column;
+          const Ahead ahead = {next, there, 0, 1};
+          if (together(p)) {
+            correlate_together(p, b, pixels, steps, side_by_side, ahead, gradient, to);
+          } else {
+            const Asks asks = !packed ? FURTHER_ON : side_by_side ? ELSEWHERE : NOTHING;
+            correlate_tile(p, b, pixels, steps, asks, ahead, gradient, to);
           }
         }
       }

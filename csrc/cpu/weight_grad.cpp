@@ -1,6 +1,8 @@
 // The whole computation: the learned filters' gradient made dense, items shared among threads, their sums added.
 #include "weight_grad.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -32,6 +34,14 @@ const Code* const* codes() {
   return found.data();
 }
 
+int block_floats() {
+  long cache = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+  return (cache > 0 ? int(cache) : 32 * 1024) / int(sizeof(float)) * 5 / 6;
+}
+
 const Code& code_for(int channels, bool depthwise) {
   const Code* const* code = codes();
   while ((depthwise ? (*code)->depthwise_tile : (*code)->tile) > channels && code[1] && code[2]) ++code;
@@ -40,8 +50,13 @@ const Code& code_for(int channels, bool depthwise) {
 
 namespace {
 
-// So many items keep a large machine busy; a split costs a sum more, and one of all channels a larger one.
-constexpr int ITEMS = 64, WIDE_ITEMS = 16;
+// So many items keep a large machine busy; a split costs a sum more, and one of all channels a larger one: its sums are
+// at most so many, which a second level cache holds beside the images.
+constexpr int ITEMS = 64, WIDE_ITEMS = 16, WIDE_SUMS = 16384;
+// So much of the dense gradient is made before it is used, where that can be: the first level cache still holds it.
+constexpr int64_t NEAR_FLOATS = 4096;
+// Fewer numbers are added up sooner than threads are woken.
+constexpr int64_t SHARED_SUMS = 16384;
 // Of fewer outputs than so many, the sums of a split cost as much as they do.
 constexpr int LEAST_OUTPUTS = 256;
 
@@ -105,28 +120,52 @@ constexpr int SUMMED = 512;
 // A cache line: threads that write to the same one wait for each other.
 constexpr int LINE = 16;
 
-// bias (pitch), the sums of all that was gathered: image by image, then of these. What is around the pixels is zero.
-void sum_pixels(const Problem& p, const Dense& d, const float* dense, float* bias, int threads) {
-  const int64_t image = divide_up(2 * d.pitch, LINE) * LINE;
-  const Floats sums = allocate(p.batch * image);
-  run(threads, p.batch, [&](int64_t n, int) {
-    float *sum = sums.get() + n * image, *some = sum + d.pitch;
-    std::fill_n(sum, d.pitch, 0.0f);
-    const float *g = dense + n * d.image(), *end = g + d.image();
-    while (g < end) {
-      std::fill_n(some, d.pitch, 0.0f);
-      for (const float* stop = std::min(end, g + SUMMED * d.pitch); g < stop; g += d.pitch) {
-        for (int k = 0; k < d.pitch; ++k) some[k] += g[k];
-      }
-      for (int k = 0; k < d.pitch; ++k) sum[k] += some[k];
-    }
-  });
-  for (int k = 0; k < d.pitch; ++k) {
-    double total = 0;
-    for (int n = 0; n < p.batch; ++n) total += sums[n * image + k];
-    bias[k] = float(total);
+// The learned filters' gradient, made dense image by image, and on the way what their bias' gradient is the sum of.
+class Gradient {
+ public:
+  Gradient(const Channels& learned, const Dense& dense, const float* from, int batch, bool bias)
+      : learned_(learned), dense_(dense), from_(from), batch_(batch), step_(divide_up(2 * dense.pitch, LINE) * LINE) {
+    if (bias) sums_ = allocate(batch * step_);
   }
-}
+
+  int64_t image() const { return dense_.image(); }
+
+  void gather(int64_t n, float* to) const {
+    gather_image(learned_, dense_, from_ + n * learned_.stride[0], to);
+    if (sums_) sum(to, sums_.get() + n * step_);
+  }
+
+  // (pitch), when all have been gathered.
+  void bias(float* to) const {
+    for (int k = 0; k < dense_.pitch; ++k) {
+      double total = 0;
+      for (int n = 0; n < batch_; ++n) total += sums_[n * step_ + k];
+      to[k] = float(total);
+    }
+  }
+
+ private:
+  // Zeros around the pixels do not matter. Behind the sum is room for that of some pixels.
+  void sum(const float* g, float* sum) const {
+    const float* end = g + image();
+    float* some = sum + dense_.pitch;
+    std::fill_n(sum, dense_.pitch, 0.0f);
+    while (g < end) {
+      std::fill_n(some, dense_.pitch, 0.0f);
+      for (const float* stop = std::min(end, g + SUMMED * dense_.pitch); g < stop; g += dense_.pitch) {
+        for (int k = 0; k < dense_.pitch; ++k) some[k] += g[k];
+      }
+      for (int k = 0; k < dense_.pitch; ++k) sum[k] += some[k];
+    }
+  }
+
+  const Channels& learned_;
+  const Dense& dense_;
+  const float* from_;
+  int batch_;
+  int64_t step_;
+  Floats sums_;
+};
 
 // How the work is cut: channels in tiles, and these or all of them (`wide`) of some images are an item. Each channel
 // has the sums of so many filters.
@@ -164,7 +203,7 @@ void sum(const Problem& p, const Cut& cut, float* result, int threads, const Cor
   });
 
   const int64_t step = p.result_stride[p.depthwise ? 0 : 1];
-  run(threads, tiles, [&](int64_t tile, int) {
+  run(splits * tiles * sums < SHARED_SUMS ? 1 : threads, tiles, [&](int64_t tile, int) {
     float* total = partial.get() + tile * sums;
     for (int64_t split = 1; split < splits; ++split) {
       const float* other = total + split * tiles * sums;
@@ -220,15 +259,31 @@ void weight_grad(const Code& code, const Problem& p, const float* input, const f
   if (p.depthwise) return depthwise_weight_grad(code, p, input, grad_output, filters, result, threads);
   const Channels learned = {filters, p.learned, p.gradient_stride};
   const Dense dense = {p.out_height, p.out_width, code.gradient_halo(p), p.learned};
-  const Floats gradient = gather(p, learned, dense, grad_output, threads);
-  if (bias) sum_pixels(p, dense, gradient.get(), bias, threads);
-  const int64_t scratch = code.scratch_floats(p);
+  const Gradient gradient(learned, dense, grad_output, p.batch, bias != nullptr);
+  const int64_t image = gradient.image(), scratch = code.scratch_floats(p);
   const Floats scratches = allocate(threads * scratch);
-  // With one tap, an item is all channels of some images where there are enough of these: it reads memory in order.
-  const Cut cut = {p.channels, code.tile, p.learned, p.taps() == 1 && p.batch >= WIDE_ITEMS};
-  sum(p, cut, result, threads, [&](const Item& item, int thread, float* to) {
-    code.correlate(p, item, input, gradient.get(), scratches.get() + thread * scratch, to);
-  });
+  // An item of all channels reads memory in the order it is in, and needs its images' gradient alone.
+  const bool wide = p.batch >= WIDE_ITEMS && (p.taps() == 1 || int64_t(p.taps()) * p.learned * p.channels <= WIDE_SUMS);
+  const Cut cut = {p.channels, code.tile, p.learned, wide};
+  if (wide) {
+    const int images = int(std::clamp<int64_t>(NEAR_FLOATS / image, 1, p.batch));
+    const Floats near = allocate(threads * images * image);
+    sum(p, cut, result, threads, [&](const Item& item, int thread, float* to) {
+      float* own = near.get() + thread * images * image;
+      for (int n = item.first_image, end = n + item.images; n < end; n += images) {
+        const Item some = {n, std::min(images, end - n), item.first_channel, item.channels};
+        for (int i = 0; i < some.images; ++i) gradient.gather(n + i, own + i * image);
+        code.correlate(p, some, input, own, scratches.get() + thread * scratch, to);
+      }
+    });
+  } else {
+    const Floats all = allocate(p.batch * image);
+    run(threads, p.batch, [&](int64_t n, int) { gradient.gather(n, all.get() + n * image); });
+    sum(p, cut, result, threads, [&](const Item& item, int thread, float* to) {
+      code.correlate(p, item, input, all.get() + item.first_image * image, scratches.get() + thread * scratch, to);
+    });
+  }
+  if (bias) gradient.bias(bias);
 }
 
 }  // namespace rwn::cpu

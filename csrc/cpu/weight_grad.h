@@ -12,6 +12,7 @@ struct Problem {
   int learned, out_height, out_width;
   int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int64_t input_stride[4], gradient_stride[4], result_stride[4];
+  int block_floats;  // of the input and the gradient, that are worked on at a time
 
   int taps() const { return kernel_h * kernel_w; }
 };
@@ -28,9 +29,9 @@ struct Steps {
   int64_t image, row, column;
 };
 
-// The code of one instruction set. `gradient` is (N, P, Q, Kt) with `gradient_halo` columns of zeros before and after
-// Q, `sums` (tiles, taps, Kt, tile) and all zero before; `scratch` holds `scratch_floats`. Of depthwise filters, a tile
-// of channels is one of filters, `sums` (tiles, taps, tile).
+// The code of one instruction set. `gradient`, of the item's images, is (N, P, Q, Kt) with `gradient_halo` columns of
+// zeros before and after Q, `sums` (tiles, taps, Kt, tile) and all zero before; `scratch` holds `scratch_floats`. Of
+// depthwise filters, a tile of channels is one of filters, `sums` (tiles, taps, tile).
 struct Code {
   const char* name;
   int tile, depthwise_tile;  // channels that are worked on at once
@@ -44,6 +45,9 @@ struct Code {
 
 // Those that this machine can run, the best first; then nullptr.
 const Code* const* codes();
+
+// As many as the first level cache has room for beside the sums.
+int block_floats();
 
 // The best for so many channels: wide registers that they do not fill are slower than narrow ones. The last resort is
 // none for that.
