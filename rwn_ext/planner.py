@@ -314,7 +314,7 @@ def _triton_obstacle(p: Problem) -> str | None:
 
 # The CPU's limits were measured (bench/bench_kernels.py, bench/bench_layers.py; float32). The compiled kernel wins
 # wherever it can be used and has more than one tap: it computes channels 16 or 32 at a time, and of fewer than 8 its
-# sums are of nothing but for a part, which three filters of 3x3 can bear. With one tap it wins while it waits for
+# sums are of nothing but for a part, which few filters of 3x3 can bear. With one tap it wins while it waits for
 # memory, as a matrix product so narrow is not shared among threads, and where there are so few pixels that the
 # preparations of a product are felt; with AVX-512 up to as many filters as were measured, and oneDNN is faster than the
 # product, too (on AMD's Zen 5, where MKL uses AVX2). Of depthwise filters it wins unless it must copy many channels of
@@ -323,7 +323,7 @@ def _triton_obstacle(p: Problem) -> str | None:
 # million multiply-adds take less time than a call of the library, of which "full" needs one less.
 CPU_WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CPU_DIRECT_CHANNELS = 8
-CPU_DIRECT_SHALLOW_TAPS, CPU_DIRECT_SHALLOW_FILTERS = 9, 3
+CPU_DIRECT_SHALLOW_TAPS, CPU_DIRECT_SHALLOW_FILTERS = 9, 6 if CPU_WIDE else 3
 CPU_DIRECT_POINTWISE_FILTERS = 192 if CPU_WIDE else 24
 CPU_DIRECT_POINTWISE_PIXELS = 1024
 CPU_DIRECT_DEPTHWISE_CHANNELS, CPU_DIRECT_DEPTHWISE_INPUTS, CPU_DIRECT_DEPTHWISE_TAPS = 16, 128 * 1024, 9

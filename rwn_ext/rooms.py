@@ -75,8 +75,8 @@ def make(fixed: Tensor, start: int, count: int, learned: Tensor | None = None) -
         )
         if learned is not None and shared:
             learned.data = own.copy_(learned)
-    key = id(fixed)
-    owner = weakref.ref(fixed, lambda _: _ROOMS.pop(key, None))
+    key, forget = id(fixed), _ROOMS.pop
+    owner = weakref.ref(fixed, lambda _: forget(key, None))
     _ROOMS[key] = _Room(whole, _Place.of(own), _Place.of(others), runs, fixed.dtype, shared, owner)
 
 

@@ -142,6 +142,18 @@ def test_few_channels_are_computed_in_narrow_registers(channels, narrow):
 
 
 @pytest.mark.parametrize("which", instructions())
+@pytest.mark.parametrize("channels", [16, 48, 70, 128, 129, 200])
+@pytest.mark.parametrize("learned", [1, 2, 3, 6])
+def test_taps_that_share_pixels(which, channels, learned):
+    """Few filters: of so many channels, pixels are read where they lie, or copied."""
+    input = torch.randint(-4, 5, (17, channels, 7, 40)).float().contiguous(memory_format=torch.channels_last)
+    grad_output = torch.randint(-4, 5, (17, 9, 6, 38)).float().contiguous(memory_format=torch.channels_last)
+    geometry = (Subset.from_indices(9, list(range(9 - learned, 9))), (4, 5), (1, 1), (1, 1), (1, 1))
+    ours = weight_grad(grad_output, input, *geometry, which)
+    assert torch.equal(ours.double(), oracle(grad_output, input, *geometry))
+
+
+@pytest.mark.parametrize("which", instructions())
 def test_any_strides(which):
     """Operands cut out of larger ones; a result of its own layout."""
     input = torch.randn(2, 60, 9, 20)[:, 3:50, :, ::2]
@@ -167,14 +179,16 @@ def test_any_strides_of_depthwise_filters(which):
 
 
 @pytest.mark.parametrize(
-    ("batch", "kernel", "padding", "depthwise"),
+    ("batch", "kernel", "padding", "filters"),
     [
-        (5, (3, 3), (1, 1), False), (24, (1, 1), (0, 0), False), (3, (3, 3), (1, 1), True), (9, (3, 3), (1, 1), True)
+        (5, (3, 3), (1, 1), 3), (24, (1, 1), (0, 0), 3), (24, (3, 3), (1, 1), 3), (70, (3, 3), (1, 1), 8),
+        (20, (5, 5), (2, 2), 20), (3, (3, 3), (1, 1), "depthwise"), (9, (3, 3), (1, 1), "depthwise"),
     ],
 )  # fmt: skip
-def test_sums_do_not_depend_on_the_threads(batch, kernel, padding, depthwise):
+def test_sums_do_not_depend_on_the_threads(batch, kernel, padding, filters):
     input, grad_output = torch.randn(batch, 40, 16, 16), torch.randn(batch, 40, 16, 16)
-    filters = Subset.full(40) if depthwise else Subset.from_indices(40, [2, 5, 7])
+    depthwise = filters == "depthwise"
+    filters = Subset.full(40) if depthwise else Subset.from_indices(40, list(range(0, 2 * filters, 2)))
     geometry = (filters, kernel, (1, 1), padding, (1, 1))
     before, results = torch.get_num_threads(), []
     try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import integers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -284,6 +284,16 @@ def test_forward_and_grad_input_cost_what_conv2d_s_do():
             output.backward(torch.randn_like(output))
         counts.append((forward, counter.get_total_flops()))
     assert counts[0] == counts[1] and counts[0][0] == 12 * PER_FILTER
+
+
+@example((0, 2, 5, 5), [0, 2, 3, 1], False)
+@given(st.tuples(*[st.sampled_from((0, 1, 2, 5))] * 4), st.permutations(range(4)), st.booleans())
+def test_formats_are_those_that_torch_sees(size, order, cut):
+    axes = [size[axis] for axis in order]
+    tensor = torch.empty([2 * n for n in axes] if cut else axes)[tuple(slice(n) for n in axes)]
+    tensor = tensor.permute([order.index(axis) for axis in range(4)])
+    assert tensor.shape == size
+    assert ops._format_of(tensor.shape, tensor.stride()) == ops.memory_format(tensor)
 
 
 @LAYOUTS
