@@ -18,7 +18,10 @@ from rwn_ext import cuda
 
 ROOT = Path(__file__).parents[1]
 # What every number on a CPU rests on: operators, their gradients and lean blocks, against float64. Side by side.
-ON_CPU = (("tests/test_ops.py", "tests/test_cpu.py", "tests/test_lean_block.py"), ("tests/test_autograd.py",))
+ON_CPU = (
+    ("tests/test_ops.py", "tests/test_rooms.py", "tests/test_cpu.py", "tests/test_lean_block.py"),
+    ("tests/test_autograd.py",),
+)
 # On a GPU: the Triton kernels alone, in layers and in lean blocks; compiled models; operators; the kernels of csrc.
 ON_GPU = (
     "tests/test_kernels_gpu.py", "tests/test_kernels_api.py", "tests/test_kernels_lean.py", "tests/test_compile.py",

@@ -34,7 +34,8 @@ class WeightGrad:
     Equals `torch.nn.grad.conv2d_weight(...)[filters]`, (Kt, C / groups, R, S) in this memory format, and
     `grad_output[:, filters].sum((0, 2, 3))`, (Kt,); of one group, or of as many as there are channels and filters
     (`depthwise`): the input (N, Kt, H, W) then holds the channels of `filters` alone, and no bias is computed. All are
-    float32 on the CPU; the order of the sums depends on the sizes alone, not on the number of threads (torch's).
+    float32 on the CPU; the order of the sums depends on the sizes and the machine, not on the number of
+    threads (torch's).
     """
 
     def __init__(

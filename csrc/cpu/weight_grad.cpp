@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "threads.h"
@@ -52,13 +53,19 @@ namespace {
 
 // So many items keep a large machine busy; a split costs a sum more, and one of all channels a larger one: its sums are
 // at most so many, which a second level cache holds beside the images.
-constexpr int ITEMS = 64, WIDE_ITEMS = 16, WIDE_SUMS = 16384;
+constexpr int ITEMS = 64, LEAST_WIDE_ITEMS = 16, WIDE_SUMS = 16384;
 // So much of the dense gradient is made before it is used, where that can be: the first level cache still holds it.
 constexpr int64_t NEAR_FLOATS = 4096;
 // Fewer numbers are added up sooner than threads are woken.
 constexpr int64_t SHARED_SUMS = 16384;
 // Of fewer outputs than so many, the sums of a split cost as much as they do.
 constexpr int LEAST_OUTPUTS = 256;
+
+// Of all channels, no more items than this machine needs.
+int wide_items() {
+  static const int processors = int(std::thread::hardware_concurrency());
+  return std::clamp(processors, LEAST_WIDE_ITEMS, ITEMS);
+}
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -178,7 +185,7 @@ struct Cut {
   int64_t shares() const { return tiles() / tiles_each(); }
   int64_t splits(int batch, int64_t outputs) const {
     const int64_t most = std::min<int64_t>(batch, batch * outputs / LEAST_OUTPUTS);
-    return std::clamp<int64_t>((wide ? WIDE_ITEMS : ITEMS) / shares(), 1, std::max<int64_t>(most, 1));
+    return std::clamp<int64_t>((wide ? wide_items() : ITEMS) / shares(), 1, std::max<int64_t>(most, 1));
   }
   // The last tile ends where the channels do, and so may share some with the one before.
   int first_channel(int64_t i) const { return std::max(0, std::min(int(i) * tile, channels - tile)); }
@@ -245,7 +252,7 @@ void depthwise_weight_grad(const Code& code, const Problem& p, const float* inpu
   } else {
     grad_output += filters[0];
   }
-  const Cut cut = {p.learned, code.depthwise_tile, 1, p.batch >= WIDE_ITEMS};
+  const Cut cut = {p.learned, code.depthwise_tile, 1, p.batch >= wide_items()};
   sum(p, cut, result, threads, [&](const Item& item, int, float* to) {
     const int channel = item.first_channel;
     code.correlate_depthwise(p, item, input + channel, from, grad_output + channel, outputs, to);
@@ -263,7 +270,8 @@ void weight_grad(const Code& code, const Problem& p, const float* input, const f
   const int64_t image = gradient.image(), scratch = code.scratch_floats(p);
   const Floats scratches = allocate(threads * scratch);
   // An item of all channels reads memory in the order it is in, and needs its images' gradient alone.
-  const bool wide = p.batch >= WIDE_ITEMS && (p.taps() == 1 || int64_t(p.taps()) * p.learned * p.channels <= WIDE_SUMS);
+  const bool wide =
+      p.batch >= wide_items() && (p.taps() == 1 || int64_t(p.taps()) * p.learned * p.channels <= WIDE_SUMS);
   const Cut cut = {p.channels, code.tile, p.learned, wide};
   if (wide) {
     const int images = int(std::clamp<int64_t>(NEAR_FLOATS / image, 1, p.batch));

@@ -55,8 +55,8 @@ const Code& code_for(int channels, bool depthwise);
 
 // result[k, c, r, s] = sum over n, p, q of grad_output[n, filters[k], p, q] * input[n, c, p', q'], where
 // p' = p * stride_h + r * dilation_h - padding_h, q' likewise; of depthwise filters result[k, 0, r, s], c being k. The
-// order of the sums depends on the sizes alone, not on `threads`. Unless it is null or the filters are depthwise,
-// `bias` (Kt) becomes the sums of grad_output[:, filters].
+// order of the sums depends on the sizes and the machine, not on `threads`. Unless it is null or the filters are
+// depthwise, `bias` (Kt) becomes the sums of grad_output[:, filters].
 void weight_grad(const Code& code, const Problem& p, const float* input, const float* grad_output,
                  const int64_t* filters, float* result, float* bias, int threads);
 
