@@ -58,8 +58,8 @@ constexpr int ITEMS = 64, LEAST_WIDE_ITEMS = 16, WIDE_SUMS = 16384;
 constexpr int64_t NEAR_FLOATS = 4096;
 // Fewer numbers are added up sooner than threads are woken.
 constexpr int64_t SHARED_SUMS = 16384;
-// Of fewer outputs than so many, the sums of a split cost as much as they do.
-constexpr int LEAST_OUTPUTS = 256;
+// Of fewer outputs than so many, the sums of a split cost as much as they do; few sums stay in the cache.
+constexpr int LEAST_OUTPUTS = 256, LEAST_OUTPUTS_OF_FEW = 64;
 
 // Of all channels, no more items than this machine needs.
 int wide_items() {
@@ -179,17 +179,27 @@ class Gradient {
 struct Cut {
   int channels, tile, filters;
   bool wide;
+  int least_outputs;  // of a split
 
   int64_t tiles() const { return divide_up(channels, tile); }
   int64_t tiles_each() const { return wide ? tiles() : 1; }
   int64_t shares() const { return tiles() / tiles_each(); }
   int64_t splits(int batch, int64_t outputs) const {
-    const int64_t most = std::min<int64_t>(batch, batch * outputs / LEAST_OUTPUTS);
+    const int64_t most = std::min<int64_t>(batch, batch * outputs / least_outputs);
     return std::clamp<int64_t>((wide ? wide_items() : ITEMS) / shares(), 1, std::max<int64_t>(most, 1));
   }
   // The last tile ends where the channels do, and so may share some with the one before.
   int first_channel(int64_t i) const { return std::max(0, std::min(int(i) * tile, channels - tile)); }
 };
+
+// All channels together where there are enough images for that: memory is then read in the order it is in.
+Cut cut_of(const Problem& p, const Code& code) {
+  const int64_t outputs = int64_t(p.batch) * p.out_height * p.out_width;
+  const bool few = int64_t(p.taps()) * p.learned * p.channels <= WIDE_SUMS;
+  const bool wide =
+      p.batch >= wide_items() && (p.taps() == 1 || (few && outputs >= wide_items() * LEAST_OUTPUTS_OF_FEW));
+  return {p.channels, code.tile, p.learned, wide, wide && few ? LEAST_OUTPUTS_OF_FEW : LEAST_OUTPUTS};
+}
 
 // Adds up what `correlate(item, thread, to)` adds to `to`, (tiles, taps, filters, tile), and writes it to the result.
 template <class Correlate>
@@ -252,7 +262,7 @@ void depthwise_weight_grad(const Code& code, const Problem& p, const float* inpu
   } else {
     grad_output += filters[0];
   }
-  const Cut cut = {p.learned, code.depthwise_tile, 1, p.batch >= wide_items()};
+  const Cut cut = {p.learned, code.depthwise_tile, 1, p.batch >= wide_items(), LEAST_OUTPUTS};
   sum(p, cut, result, threads, [&](const Item& item, int, float* to) {
     const int channel = item.first_channel;
     code.correlate_depthwise(p, item, input + channel, from, grad_output + channel, outputs, to);
@@ -269,11 +279,9 @@ void weight_grad(const Code& code, const Problem& p, const float* input, const f
   const Gradient gradient(learned, dense, grad_output, p.batch, bias != nullptr);
   const int64_t image = gradient.image(), scratch = code.scratch_floats(p);
   const Floats scratches = allocate(threads * scratch);
-  // An item of all channels reads memory in the order it is in, and needs its images' gradient alone.
-  const bool wide =
-      p.batch >= wide_items() && (p.taps() == 1 || int64_t(p.taps()) * p.learned * p.channels <= WIDE_SUMS);
-  const Cut cut = {p.channels, code.tile, p.learned, wide};
-  if (wide) {
+  const Cut cut = cut_of(p, code);
+  if (cut.wide) {
+    // Its images' gradient is all that an item needs.
     const int images = int(std::clamp<int64_t>(NEAR_FLOATS / image, 1, p.batch));
     const Floats near = allocate(threads * images * image);
     sum(p, cut, result, threads, [&](const Item& item, int thread, float* to) {
