@@ -64,17 +64,22 @@ class PartialConv2dFunction(torch.autograd.Function):
         _keep(ctx, input, seen, weights)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
         weight = merged_weight(weights, layer, input.dtype, "forward")
-        ctx.weight = weight if rooms.lasts(weight, weight_frozen) else None
+        ctx.merged = (weight, weights) if rooms.lasts(weight, weight_frozen) else None
         return convolve(input, weight, (bias_trainable, bias_frozen), layer)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs_input, _, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
         *weights, seen = ctx.saved_tensors
+        merged = None
+        # What hooks made of the saved weights, and double backward, need it made of these.
+        if ctx.merged is not None and not torch.is_grad_enabled():
+            whole, parts = ctx.merged
+            merged = whole if parts[0] is weights[0] and parts[1] is weights[1] else None
         with without_autocast(grad_output):
             grad_input, grad_weight, grad_bias = gradients(
                 grad_output, weights, seen, ctx.layer, ctx.input_size, ctx.weight_dtype,
-                (needs_input, needs_weight, needs_bias), weight=None if torch.is_grad_enabled() else ctx.weight,
+                (needs_input, needs_weight, needs_bias), weight=merged,
             )  # fmt: skip
         return grad_input, None, grad_weight, None, None, grad_bias, None, None
 
@@ -82,8 +87,8 @@ class PartialConv2dFunction(torch.autograd.Function):
 class PartialLinearFunction(torch.autograd.Function):
     """`F.linear(input, W, b)` with W and b merged from learned and fixed parts.
 
-    What is kept, and made again, is as in `PartialConv2dFunction`; `seen` is a compact copy of the learned columns'
-    input features, or None where they are all.
+    What is kept is as in `PartialConv2dFunction`, but the weight is always made again; `seen` is a compact copy of the
+    learned columns' input features, or None where they are all.
     """
 
     @staticmethod

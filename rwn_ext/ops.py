@@ -24,12 +24,12 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from rwn_ext import costs, cpu, cuda, planner, rooms
+from rwn_ext.cpu import Sizes
 from rwn_ext.planner import Problem, plan
 from rwn_ext.subsets import Subset, run_indices, run_length
 
 Pair = tuple[int, int]
 Runs = tuple[int, ...]
-Sizes = tuple[int, ...]
 
 torch.library.define(
     "rwn_ext::merge",
@@ -108,10 +108,11 @@ def conv2d_weight_grad(
     With `scale` and `shift`, float32 (C',), the convolution's input was not `input` but `affine_relu` of it. The
     algorithms of `planner.READERS` compute that while they read, for the others it is made first.
     """
-    if transformed():
+    plain = transformed(grad_output)
+    if plain:
         # The others look at strides and view memory in ways that vmap does not follow.
         algorithm = "full"
-    function = torch.ops.rwn_ext.conv2d_weight_grad if _watched() and not transformed() else _weight_grad
+    function = torch.ops.rwn_ext.conv2d_weight_grad if _watched() and not plain else _weight_grad
     return function(
         grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, dtype, scale, shift
     )
@@ -129,11 +130,10 @@ def conv2d_weight_grads(
     arguments = (
         grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, dtype, scale, shift
     )  # fmt: skip
-    if transformed() or not bias:
+    if transformed(grad_output) or not bias:
         return conv2d_weight_grad(*arguments), None
     if not _watched():
-        planned = _plan_of(*arguments)
-        return _run(planned, grad_output, input, filters, groups, dtype or input.dtype, True, scale, shift)
+        return _weight_grads(*arguments, bias=True)
     # On a CPU a watched call leaves the bias to a sum of its own, on a GPU the op decides.
     if input.is_cuda:
         return torch.ops.rwn_ext.conv2d_weight_bias_grad(*arguments)
@@ -156,6 +156,7 @@ def reads_normed(
 
 @lru_cache(maxsize=4096)
 def _chosen(precision: str, algorithm: str, *geometry: Any) -> str:
+    """The algorithm for the problem of these arguments."""
     return plan(problem(*geometry), algorithm).algorithm
 
 
@@ -221,11 +222,12 @@ def conv2d_grads(
 
     The library's whole gradients come from one call, which small layers feel.
     """
-    if _watched() or transformed() or scale is not None:
+    if _watched() or transformed(grad_output) or scale is not None:
         geometry = (kernel_size, stride, padding, dilation, groups)
         return conv2d_input_grad(grad_output, weight, input.shape[2:], *geometry), *conv2d_weight_grads(
             grad_output, input, filters, *geometry, algorithm, dtype, bias, scale, shift
         )
+    grad_output, input = _in_memory(grad_output), _in_memory(input)
     number = input.dtype
     dtype = dtype or number
     planned = _planned(
@@ -246,7 +248,7 @@ def conv2d_grads(
     grad_input = conv2d_input_grad(
         grad_output, weight, input.shape[2:], kernel_size, stride, padding, dilation, groups
     )  # fmt: skip
-    return grad_input, *_run(planned, grad_output, input, filters, groups, dtype, bias, None, None)
+    return grad_input, *_run(planned, grad_output, input, filters, groups, dtype, bias)
 
 
 def take(tensor: Tensor, runs: Runs, axis: int) -> Tensor:
@@ -356,9 +358,19 @@ def _layout(p: Problem) -> torch.memory_format:
     return torch.channels_last if p.channels_last else torch.contiguous_format
 
 
-def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which need plain differentiable operations."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def transformed(grad_output: Tensor | None = None) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which need plain differentiable operations.
+
+    Or whether this `grad_output` is many at once (`torch.autograd.grad(..., is_grads_batched=True)`).
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return grad_output is not None and torch._C._functorch.is_legacy_batchedtensor(grad_output)
+
+
+def _in_memory(operand: Tensor) -> Tensor:
+    """The numbers as kernels read them: in memory, not to be negated (as the imaginary part of a conjugate is)."""
+    return operand.resolve_neg() if operand.is_neg() else operand
 
 
 def _watched() -> bool:
@@ -434,31 +446,34 @@ def _empty_whole(learned: Tensor, fixed: Tensor, axis: int) -> Tensor:
     return torch.empty(shape, dtype=fixed.dtype, device=fixed.device, memory_format=memory_format(fixed))
 
 
-def _weight_grad(
-    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None, scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    filters = tuple(filters)
-    planned = _plan_of(
-        grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, scale=scale
-    )
-    return _run(planned, grad_output, input, filters, groups, dtype or input.dtype, False, scale, shift)[0]
+def _weight_grad(*arguments: Any, **options: Any) -> Tensor:
+    return _weight_grads(*arguments, **options)[0]
 
 
-def _weight_bias_grad(
-    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None, scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    filters, dtype = tuple(filters), dtype or input.dtype
-    planned = _plan_of(
-        grad_output, input, filters, kernel_size, stride, padding, dilation, groups, algorithm, scale=scale
-    )
-    grad_weight, grad_bias = _run(planned, grad_output, input, filters, groups, dtype, True, scale, shift)
+def _weight_bias_grad(grad_output: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    grad_weight, grad_bias = _weight_grads(grad_output, *arguments, **options, bias=True)
     if grad_bias is None:
-        grad_bias = take(grad_output, filters, 1).sum((0, 2, 3)).to(dtype)
+        filters = tuple(arguments[1])
+        grad_bias = take(grad_output, filters, 1).sum((0, 2, 3)).to(grad_weight.dtype)
     return grad_weight, grad_bias
+
+
+def _weight_grads(
+    grad_output: Tensor, input: Tensor, filters: Runs, kernel_size: Pair, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, algorithm: str, dtype: torch.dtype | None = None, scale: Tensor | None = None,
+    shift: Tensor | None = None, *, bias: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradient of these filters and, with `bias`, of their bias where one pass computes both."""
+    filters, dtype = tuple(filters), dtype or input.dtype
+    geometry = (kernel_size, stride, padding, dilation, groups)
+    grad_output, input = _in_memory(grad_output), _in_memory(input)
+    planned = _plan_of(grad_output, input, filters, *geometry, algorithm, scale=scale)
+    if scale is not None and shift is not None and planned.algorithm not in planner.READERS:
+        # Its strides may be others.
+        input, scale = affine_relu(input, scale, shift), None
+        planned = _plan_of(grad_output, input, filters, *geometry, planned.algorithm)
+    affine = None if scale is None or shift is None else (scale, shift)
+    return _run(planned, grad_output, input, filters, groups, dtype, bias, affine)
 
 
 class _Planned(NamedTuple):
@@ -477,8 +492,8 @@ def _plan_of(
     dilation: Pair, groups: int, algorithm: str, dtype: Any = None, scale: Tensor | None = None, shift: Any = None,
 ) -> _Planned:  # fmt: skip
     """What a `conv2d_weight_grad` of these arguments does."""
-    # Transforms of torch.func know of no memory format.
-    strides = ((), ()) if transformed() else (input.stride(), grad_output.stride())
+    # Transforms know of no memory format.
+    strides = ((), ()) if transformed(grad_output) else (input.stride(), grad_output.stride())
     return _planned(
         _precision_for(input), algorithm, input.shape, strides[0], grad_output.shape, strides[1], tuple(filters),
         tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups, input.device, input.dtype,
@@ -498,20 +513,17 @@ def _planned(
         input_size, output_size[1], filters, kernel_size, stride, padding, dilation, groups, device, layout, dtype,
         normed,
     )  # fmt: skip
-    operands = input_size, input_stride, output_size, output_stride
-    return _planned_as(plan(p, algorithm).algorithm, p, filters, operands)
-
-
-def _planned_as(algorithm: str, p: Problem, filters: Runs, operands: tuple[Sizes, Sizes, Sizes, Sizes]) -> _Planned:
-    """Likewise, the algorithm chosen. `operands` are the size and stride of the input and of the output."""
+    algorithm = plan(p, algorithm).algorithm
     spared = p.device == "cpu" and (
         _overruns(p.channels // p.groups, p.kernel_size, p.stride)
         or (p.dtype == "bfloat16" and _oversteps(p.width, p.kernel_size, p.stride))
     )
     direct = None
     if algorithm == "direct":
-        geometry = (p.kernel_size, p.stride, p.padding, p.dilation)
-        direct = cpu.WeightGrad(*operands, filters, *geometry, depthwise=p.groups > 1, layout=_layout(p))
+        direct = cpu.WeightGrad(
+            input_size, input_stride, output_size, output_stride, filters, kernel_size, stride, padding, dilation,
+            depthwise=p.groups > 1, layout=layout,
+        )  # fmt: skip
     return _Planned(p, algorithm, _ALGORITHMS[algorithm], algorithm == "full" and not spared, direct)
 
 
@@ -523,15 +535,8 @@ def _forget() -> None:
 
 def _run(
     planned: _Planned, grad_output: Tensor, input: Tensor, filters: Runs, groups: int, dtype: torch.dtype, bias: bool,
-    scale: Tensor | None, shift: Tensor | None,
+    affine: Affine | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The gradient of these filters and, with `bias`, of their bias where one pass computes both."""
-    affine = None
-    if scale is not None and shift is not None:
-        if planned.algorithm in planner.READERS:
-            affine = scale, shift
-        else:
-            input = affine_relu(input, scale, shift)
     p, grad_bias = planned.problem, None
     if planned.direct is not None and not _is_differentiated(grad_output, input):
         grad_weight, grad_bias = planned.direct(grad_output, input, bias)
@@ -816,15 +821,12 @@ def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Any]]
     per_group = -(-p.learned // p.groups)
     learned = [k for k in range(p.filters) if k % (p.filters // p.groups) < per_group][: p.learned]
     runs = Subset.from_indices(p.filters, learned).runs
-    operands = input.shape, input.stride(), grad_output.shape, grad_output.stride()
     vector = torch.ones(p.channels, device=p.device)
     affine = (vector, vector) if p.normed else (None, None)
+    geometry = (p.kernel_size, p.stride, p.padding, p.dilation, p.groups)
     return {
-        name: partial(
-            _run, _planned_as(name, p, runs, operands), grad_output, input, runs, p.groups, dtype, False, *affine
-        )
-        for name in algorithms
-    }  # fmt: skip
+        name: partial(_weight_grads, grad_output, input, runs, *geometry, name, dtype, *affine) for name in algorithms
+    }
 
 
 planner.connect(_rehearse, _forget)

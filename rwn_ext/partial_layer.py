@@ -266,20 +266,11 @@ class PartialLayer(nn.Module):
                 continue
             if len(learned.runs) == 2 and self.frozen != "zero":
                 whole_rows = name == "bias" or self.inputs.is_full
-                rooms.make(fixed, learned.runs[0], len(learned), own if whole_rows else None)
+                rooms.make(self, fixed, learned.runs[0], len(learned), own if whole_rows else None)
             else:
                 rooms.leave(fixed)
 
-    def _leave_room(self) -> None:
-        """Where tensors are swapped, which they are not while anything looks at them from outside."""
-        if torch.__future__.get_swap_module_params_on_conversion():
-            for name in ("weight_frozen", "bias_frozen"):
-                fixed = self._parameters.get(name)
-                if fixed is not None:
-                    rooms.leave(fixed)
-
     def _apply(self, *args: Any, **kwargs: Any) -> PartialLayer:
-        self._leave_room()
         super()._apply(*args, **kwargs)
         self._make_room()
         return self
@@ -396,7 +387,6 @@ class PartialLayer(nn.Module):
             own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
             refused = [name for name in PARTS if self._split_loaded(own, prefix, name, error_msgs)]
             missing: list[str] = []
-            self._leave_room()
             super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         finally:
             self._load_state_dict_pre_hooks = hooks

@@ -1,7 +1,7 @@
 """Rooms: memory on a CPU in which the fixed and the learned part of a weight or bias lie side by side, as the whole.
 
 Merging the parts then copies nothing. A layer makes the room (`make`) whenever its Parameters change; whoever merges
-asks for it (`whole`), twice a step, so that has to be quick.
+asks for it (`whole`), at every call of the layer, so that has to be quick.
 """
 
 from __future__ import annotations
@@ -42,22 +42,28 @@ class _Room(NamedTuple):
     dtype: torch.dtype
     shared: bool
     """Whether a Parameter of what is learned lies there, too: then nothing else may be copied over it."""
-    owner: weakref.ref[Tensor]
-    """The fixed Parameter; its end is that of the room."""
+    owner: weakref.ref[nn.Module]
+    """Its end is that of the room."""
 
 
-# By the identity of the fixed Parameter: a dictionary of weak references takes ten times as long.
+# By the identity of the fixed Parameter: weak references to tensors take longer, and keep torch from swapping them.
+# Should another tensor come to have that identity, it lies elsewhere.
 _ROOMS: dict[int, _Room] = {}
 
 
-def make(fixed: Tensor, start: int, count: int, learned: Tensor | None = None) -> None:
+def make(owner: nn.Module, fixed: Tensor, start: int, count: int, learned: Tensor | None = None) -> None:
     """Moves a Parameter of what is fixed to memory with room for the whole, whose first or last part it is.
 
     So is `learned`, if it is a Parameter of the rest, `count` channels along axis 0 from `start` on. Without one,
     `whole` copies what is learned alone: copying what is fixed twice a step would be felt. Nothing happens to a
-    Parameter that is shared between processes, not on a CPU, or lies there already.
+    Parameter that is shared between processes, not on a CPU, of another type than `learned`, or lies there already.
+    The room is there as long as its owner.
     """
+    if learned is not None and learned.dtype != fixed.dtype:
+        leave(fixed)
+        return
     runs, room = (start, start + count), _ROOMS.get(id(fixed))
+    learned = learned if learned is not None and _is_movable(learned) else None
     if room is not None and room.runs == runs and _holds(room, fixed, learned):
         return
     leave(fixed)
@@ -70,14 +76,11 @@ def make(fixed: Tensor, start: int, count: int, learned: Tensor | None = None) -
         )
         others, own = _part(whole, 0 if start else count, fixed.size(0)), _part(whole, start, count)
         fixed.data = others.copy_(fixed)
-        shared = (
-            learned is not None and (learned.shape, learned.dtype) == (own.shape, own.dtype) and _is_movable(learned)
-        )
-        if learned is not None and shared:
+        if learned is not None:
             learned.data = own.copy_(learned)
-    key, forget = id(fixed), _ROOMS.pop
-    owner = weakref.ref(fixed, lambda _: forget(key, None))
-    _ROOMS[key] = _Room(whole, _Place.of(own), _Place.of(others), runs, fixed.dtype, shared, owner)
+    key, forget, shared = id(fixed), _ROOMS.pop, learned is not None
+    watch = weakref.ref(owner, lambda _: forget(key, None))
+    _ROOMS[key] = _Room(whole, _Place.of(own), _Place.of(others), runs, fixed.dtype, shared, watch)
 
 
 def leave(fixed: Tensor) -> None:
@@ -88,12 +91,16 @@ def leave(fixed: Tensor) -> None:
 def whole(learned: Tensor, fixed: Tensor, runs: Runs, dtype: torch.dtype) -> Tensor | None:
     """These parts merged, in the memory that `make` gave, lent until the next call; None where there is none.
 
-    Nor is there where the whole must be differentiable, or where a Parameter has been given other memory since.
+    Nor is there where the whole must be differentiable or may be saved for that, or where a Parameter has been given
+    other memory since.
     """
     room = _ROOMS.get(id(fixed))
-    if room is None or room.runs != runs or room.dtype != dtype or not room.fixed.has(fixed):
+    if room is None or room.runs != runs or room.dtype != dtype:
         return None
-    if learned.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (learned.requires_grad or not room.shared):
+        return None
+    if not room.fixed.has(fixed):
+        leave(fixed)
         return None
     if not room.learned.has(learned):
         if room.shared or learned.shape != room.learned.shape or learned.dtype != dtype:
@@ -105,7 +112,7 @@ def whole(learned: Tensor, fixed: Tensor, runs: Runs, dtype: torch.dtype) -> Ten
 def lasts(merged: Tensor, fixed: Tensor | None) -> bool:
     """Whether this is what `whole` gave for a fixed Parameter and the learned one that lies in its room, too.
 
-    Then it holds at any later time what these hold, and costs nothing to keep.
+    Then it holds what these hold until they are given other memory, and costs nothing to keep.
     """
     if torch.compiler.is_compiling():
         return False

@@ -365,3 +365,16 @@ def test_a_step_never_waits_for_the_gpu():
         two_steps(layer, x, lambda: torch.cuda.set_sync_debug_mode("error"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_gradients_at_once(bias: bool):
+    """`is_grads_batched`, which vectorised Jacobians use."""
+    layer, x = PartialConv2d(16, 32, 3, padding=1, trainable=4, bias=bias), torch.randn(2, 16, 6, 6, requires_grad=True)
+    learned = [p for p in layer.parameters() if p.requires_grad]
+    output, many = layer(x), torch.randn(3, 2, 32, 6, 6)
+    ours = torch.autograd.grad(output, [x, *learned], many, retain_graph=True, is_grads_batched=True)
+    for i, one in enumerate(many):
+        expected = torch.autograd.grad(output, [x, *learned], one, retain_graph=True)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-4)

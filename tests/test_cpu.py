@@ -60,7 +60,7 @@ kernels = st.tuples(st.integers(1, 3), st.integers(1, 9))
 @pytest.mark.parametrize("which", instructions())
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
-    batch=st.sampled_from((1, 2, 3, 17, 40)), channels=st.integers(1, 70), filters=st.integers(1, 40), data=st.data(),
+    batch=st.sampled_from((1, 2, 3, 17, 70)), channels=st.integers(1, 70), filters=st.integers(1, 40), data=st.data(),
     kernel=kernels, stride=pairs, dilation=pairs, padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     extra=st.tuples(st.integers(0, 9), st.sampled_from((0, 1, 6, 40, 75))), layout=st.sampled_from(LAYOUTS),
 )  # fmt: skip
@@ -146,8 +146,8 @@ def test_few_channels_are_computed_in_narrow_registers(channels, narrow):
 @pytest.mark.parametrize("learned", [1, 2, 3, 6])
 def test_taps_that_share_pixels(which, channels, learned):
     """Few filters: of so many channels, pixels are read where they lie, or copied."""
-    input = torch.randint(-4, 5, (17, channels, 7, 40)).float().contiguous(memory_format=torch.channels_last)
-    grad_output = torch.randint(-4, 5, (17, 9, 6, 38)).float().contiguous(memory_format=torch.channels_last)
+    input = torch.randint(-4, 5, (70, channels, 7, 9)).float().contiguous(memory_format=torch.channels_last)
+    grad_output = torch.randint(-4, 5, (70, 9, 6, 7)).float().contiguous(memory_format=torch.channels_last)
     geometry = (Subset.from_indices(9, list(range(9 - learned, 9))), (4, 5), (1, 1), (1, 1), (1, 1))
     ours = weight_grad(grad_output, input, *geometry, which)
     assert torch.equal(ours.double(), oracle(grad_output, input, *geometry))
@@ -331,3 +331,27 @@ def test_obstacles(change, reason):
 
 def test_backends_names_the_instructions():
     assert f"cpu: compiled, runs as {instructions()[0]}" in backends.backends()
+
+
+@pytest.mark.parametrize("operand", ["input", "grad_output"])
+def test_numbers_that_memory_holds_negated(operand: str):
+    conv, plain = PartialConv2d(24, 20, 3, trainable=2), torch.randn(2, 24, 5, 5)
+    image = torch.complex(torch.zeros(2, 24, 5, 5), plain).conj().imag if operand == "input" else plain
+    output = conv(image)
+    grad_output = torch.randn_like(output)
+    if operand == "grad_output":
+        grad_output = torch.complex(torch.zeros_like(grad_output), grad_output).conj().imag
+    assert image.is_neg() or grad_output.is_neg()
+    output.backward(grad_output)
+    dense = conv.to_conv2d().double()
+    dense(image.double()).backward(grad_output.double())
+    torch.testing.assert_close(conv.weight_trainable.grad.double(), dense.weight.grad[-2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(conv.bias_trainable.grad.double(), dense.bias.grad[-2:], rtol=1e-4, atol=1e-4)
+
+
+def test_operands_without_memory_are_refused():
+    task = cpu.native.WeightGrad(
+        (1, 2, 3, 3), (18, 9, 3, 1), (3, 3), (18, 9, 3, 1), [0], (2, 1, 1, 1), (1, 1), (1, 1), (0, 0), (1, 1)
+    )
+    with pytest.raises(ValueError, match="an operand has no memory"):
+        task(0, 0, torch.zeros(2).data_ptr(), 0, 1)

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from rwn_ext import PartialConv2d, ops
+from rwn_ext import PartialConv2d, cpu, ops
 from rwn_ext.subsets import Subset
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -318,3 +318,18 @@ def test_steps_wider_than_the_image_in_bfloat16(frozen: str, algorithm: str | No
         (expected,) = torch.autograd.grad(exact, weight, cotangent.double())
         expected, ours = expected[-9:], layer.weight_trainable.grad
         assert ours.dtype == torch.bfloat16 and (ours.double() - expected).norm() < 0.02 * expected.norm()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("cut", [lambda x: x[:, 3:27], lambda x: x[:, :24, :, ::2]], ids=["channels", "columns"])
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "gather", "full"])
+def test_an_affine_relu_of_a_view_comes_before_the_plan(algorithm: str, cut, layout):
+    if algorithm == "direct" and cpu.native is None:
+        pytest.skip("rwn_ext was built without a C++ compiler")
+    x = cut(torch.randn(3, 30, 8, 16).contiguous(memory_format=layout))
+    scale, shift, grad_output = torch.randn(24), torch.randn(24), torch.randn(3, 8, *x.shape[2:])
+    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1, algorithm)
+    ours = ops.conv2d_weight_grad(grad_output, x, (6, 8), *geometry, scale=scale, shift=shift)
+    normed = ops.affine_relu(x, scale, shift).double()
+    expected = torch.nn.grad.conv2d_weight(normed, (8, 24, 3, 3), grad_output.double(), padding=1)[6:]
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-3)

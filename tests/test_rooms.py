@@ -83,7 +83,7 @@ def test_parameters_that_lie_there_stay_there():
 def test_memory_that_others_hold_stays_where_it_is():
     flat = torch.randn(64 * 64 * 9)
     fixed = nn.Parameter(flat[: 58 * 576].view(58, 64, 3, 3), requires_grad=False)
-    rooms.make(fixed, 58, 6)
+    rooms.make(nn.Module(), fixed, 58, 6)
     assert fixed.data_ptr() == flat.data_ptr()
 
 
@@ -105,7 +105,7 @@ def test_filters_in_the_middle_are_not_the_last():
 def test_another_default_device_does_not_matter():
     conv = layer()
     with torch.device("meta"):
-        rooms.make(conv.weight_frozen, 58, 6)
+        rooms.make(conv, conv.weight_frozen, 58, 6)
     assert conv.weight_frozen.device.type == "cpu"
 
 
@@ -114,7 +114,7 @@ def test_memory_of_the_caller_stays_as_it_is():
     before, learned = base.clone(), torch.randn(6, 64, 3, 3)
     with torch.no_grad():
         for fixed in (base[:58], nn.Parameter(base[:58], requires_grad=False)):
-            rooms.make(fixed, 58, 6)
+            rooms.make(nn.Module(), fixed, 58, 6)
             ops.merge(learned, fixed, (58, 64), 0, torch.float32, stage="forward")
     assert torch.equal(base, before)
 
@@ -185,7 +185,8 @@ def test_small_layers_and_biases_have_one_too(bias: bool):
         assert torch.equal(room.whole, conv.weight if fixed is conv.weight_frozen else conv.bias)
 
 
-def test_it_ends_with_the_parameter():
+def test_it_ends_with_the_layer():
+    gc.collect()
     before, conv = set(rooms._ROOMS), layer()
     assert len(set(rooms._ROOMS) - before) == 2
     del conv
@@ -233,3 +234,56 @@ def test_what_is_lent_is_not_kept_for_backward():
     (grad,) = torch.autograd.grad(output.sum(), x)
     (expected,) = torch.autograd.grad(F.conv2d(x, conv.weight.detach(), padding=1).sum(), x)
     torch.testing.assert_close(grad, expected)
+
+
+def test_the_whole_is_kept_for_backward():
+    conv, x = layer(), torch.randn(1, 64, 4, 4, requires_grad=True)
+    whole, parts = conv(x).grad_fn.merged
+    assert whole is rooms._ROOMS[id(conv.weight_frozen)].whole
+    assert parts[0] is conv.weight_trainable and parts[1] is conv.weight_frozen
+    conv.set_trainable_([1, 5])
+    assert conv(x).grad_fn.merged is None
+
+
+def test_backward_computes_with_what_hooks_saved():
+    conv, x = layer(), torch.randn(1, 64, 4, 4, requires_grad=True)
+    expected = torch.autograd.grad(conv(x).sum(), x)[0]
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        output = conv(x)
+    with torch.no_grad():
+        conv.weight_trainable.mul_(3)
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("channels", [8, 64])
+def test_double_backward_saves_nothing_that_is_lent(channels: int):
+    conv, x = layer(channels, trainable_inputs=0.5).requires_grad_(False), torch.randn(1, channels, 4, 4)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
+    other = torch.zeros_like(conv.weight_trainable)
+    torch.func.functional_call(conv, {"weight_trainable": other}, (x.detach(),))
+    (ours,) = torch.autograd.grad(grad.square().sum(), x)
+    weight = conv.weight.detach()
+    output = F.conv2d(x, weight, conv.bias, padding=1)
+    (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(grad.square().sum(), x)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_parts_of_two_types_have_none():
+    conv = layer()
+    conv.weight_frozen.data = conv.weight_frozen.bfloat16()
+    rooms.make(conv, conv.weight_frozen, 58, 6, conv.weight_trainable)
+    assert id(conv.weight_frozen) not in rooms._ROOMS
+
+
+def test_it_is_made_once_where_only_the_learned_filters_are_shared_between_processes():
+    conv = layer()
+    conv.weight_trainable.share_memory_()
+    address = conv.float().weight_frozen.data_ptr()
+    assert conv.float().weight_frozen.data_ptr() == address
+
+
+def test_tensors_can_be_swapped():
+    conv, bias = layer(), torch.randn(58)
+    torch.utils.swap_tensors(conv.bias_frozen, nn.Parameter(bias.clone(), False))
+    assert torch.equal(conv.bias[:58], bias)

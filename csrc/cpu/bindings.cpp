@@ -56,6 +56,7 @@ class WeightGrad {
 
   void operator()(uintptr_t input, uintptr_t grad_output, uintptr_t result, uintptr_t bias, int threads) const {
     if (bias && problem_.depthwise) throw py::value_error("bias is not computed beside depthwise filters");
+    if (!result || (problem_.batch && (!input || !grad_output))) throw py::value_error("an operand has no memory");
     if (threads < 1) throw py::value_error("threads=" + std::to_string(threads) + " is less than 1");
     py::gil_scoped_release release;
     weight_grad(code_, problem_, reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(grad_output),

@@ -62,18 +62,20 @@ int input_columns(const Problem& p, int columns) {
 
 int block_rows(const Problem& p) {
   if (p.taps() == 1) return larger(1, smaller(p.out_height, SINGLE_TAP_OUTPUTS / block_columns(p)));
-  const int input_row = input_columns(p, block_columns(p)) * TILE, gradient_row = block_columns(p) * p.learned;
-  const int first = ((p.kernel_h - 1) * p.dilation_h + 1 - p.stride_h) * input_row;  // takes so much more than others
-  const int rows = (p.block_floats - first) / (p.stride_h * input_row + gradient_row);
-  return larger(1, smaller(p.out_height, rows));
+  const int64_t input_row = int64_t(input_columns(p, block_columns(p))) * TILE;
+  const int64_t gradient_row = int64_t(block_columns(p)) * p.learned;
+  // The first one takes so much more than the others.
+  const int64_t first = (int64_t(p.kernel_h - 1) * p.dilation_h + 1 - p.stride_h) * input_row;
+  const int64_t rows = (p.block_floats - first) / (p.stride_h * input_row + gradient_row);
+  return rows < 1 ? 1 : rows < p.out_height ? int(rows) : p.out_height;
 }
 
 // Small images share a block; then it holds each of them whole.
 int block_images(const Problem& p) {
   if (block_rows(p) < p.out_height || block_columns(p) < all_columns(p)) return 1;
-  const int rows = input_extent(p.out_height, p.stride_h, p.kernel_h, p.dilation_h);
-  const int columns = input_columns(p, all_columns(p));
-  return larger(1, p.block_floats / (rows * columns * TILE + p.out_height * all_columns(p) * p.learned));
+  const int64_t rows = input_extent(p.out_height, p.stride_h, p.kernel_h, p.dilation_h);
+  const int64_t outputs = int64_t(p.out_height) * all_columns(p);
+  return larger(1, int(p.block_floats / (rows * input_columns(p, all_columns(p)) * TILE + outputs * p.learned)));
 }
 
 Block block_at(const Problem& p, int image, int images, int row, int column) {

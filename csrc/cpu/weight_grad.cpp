@@ -36,11 +36,14 @@ const Code* const* codes() {
 }
 
 int block_floats() {
-  long cache = 0;
+  static const int floats = [] {
+    long bytes = 0;
 #ifdef _SC_LEVEL1_DCACHE_SIZE
-  cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #endif
-  return (cache > 0 ? int(cache) : 32 * 1024) / int(sizeof(float)) * 5 / 6;
+    return (bytes > 0 ? int(bytes) : 32 * 1024) / int(sizeof(float)) * 5 / 6;
+  }();
+  return floats;
 }
 
 const Code& code_for(int channels, bool depthwise) {
