@@ -280,6 +280,7 @@ def test_it_is_made_once_where_only_the_learned_filters_are_shared_between_proce
     conv = layer()
     conv.weight_trainable.share_memory_()
     address = conv.float().weight_frozen.data_ptr()
+    assert conv.weight_trainable.is_shared()
     assert conv.float().weight_frozen.data_ptr() == address
 
 
