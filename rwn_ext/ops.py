@@ -365,7 +365,9 @@ def transformed(grad_output: Tensor | None = None) -> bool:
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return grad_output is not None and torch._C._functorch.is_legacy_batchedtensor(grad_output)
+    if grad_output is None or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(grad_output)
 
 
 def _in_memory(operand: Tensor) -> Tensor:
