@@ -59,7 +59,7 @@ def make(owner: nn.Module, fixed: Tensor, start: int, count: int, learned: Tenso
     Parameter that is shared between processes, not on a CPU, of another type than `learned`, or lies there already.
     The room is there as long as its owner.
     """
-    if learned is not None and learned.dtype != fixed.dtype:
+    if learned is not None and (learned.dtype, *learned.shape) != (fixed.dtype, count, *fixed.shape[1:]):
         leave(fixed)
         return
     runs, room = (start, start + count), _ROOMS.get(id(fixed))

@@ -276,6 +276,14 @@ def test_parts_of_two_types_have_none():
     assert id(conv.weight_frozen) not in rooms._ROOMS
 
 
+def test_parts_that_do_not_fit_have_none():
+    conv = layer()
+    other = nn.Parameter(torch.randn(1, 64, 3, 3))
+    before = other.detach().clone()
+    rooms.make(conv, conv.weight_frozen, 58, 6, other)
+    assert torch.equal(other, before) and id(conv.weight_frozen) not in rooms._ROOMS
+
+
 def test_it_is_made_once_where_only_the_learned_filters_are_shared_between_processes():
     conv = layer()
     conv.weight_trainable.share_memory_()
