@@ -64,18 +64,17 @@ class PartialConv2dFunction(torch.autograd.Function):
         _keep(ctx, input, seen, weights)
         ctx.layer, ctx.input_size = layer, input.shape[2:]
         weight = merged_weight(weights, layer, input.dtype, "forward")
-        ctx.merged = (weight, weights) if rooms.lasts(weight, weight_frozen) else None
+        ctx.room = rooms.lasting(weight, weight_frozen) if ctx.needs_input_grad[0] else None
         return convolve(input, weight, (bias_trainable, bias_frozen), layer)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs_input, _, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
         *weights, seen = ctx.saved_tensors
-        merged = None
-        # What hooks made of the saved weights, and double backward, need it made of these.
-        if ctx.merged is not None and not torch.is_grad_enabled():
-            whole, parts = ctx.merged
-            merged = whole if parts[0] is weights[0] and parts[1] is weights[1] else None
+        merged, room = None, ctx.room
+        # Not what hooks made of the saved parts, nor for double backward.
+        if room is not None and not torch.is_grad_enabled() and room.has(weights[0], weights[1]):
+            merged = room.whole
         with without_autocast(grad_output):
             grad_input, grad_weight, grad_bias = gradients(
                 grad_output, weights, seen, ctx.layer, ctx.input_size, ctx.weight_dtype,

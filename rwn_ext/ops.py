@@ -177,7 +177,7 @@ def affine_relu_backward(grad: Tensor, input: Tensor, scale: Tensor, shift: Tens
 
 
 def _affine_relu_backward(grad: Tensor, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    layout = memory_format(input)
+    grad, input, layout = _in_memory(grad), _in_memory(input), memory_format(input)
     grad = grad.contiguous(memory_format=layout)
     if planner.can_run_triton(input.device.type, _chip(input.device).arch, str(input.dtype).removeprefix("torch.")):
         kernels = import_module("rwn_ext.kernels.affine_relu")
@@ -539,6 +539,7 @@ def _run(
     planned: _Planned, grad_output: Tensor, input: Tensor, filters: Runs, groups: int, dtype: torch.dtype, bias: bool,
     affine: Affine | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`_weight_grads` as planned; with `affine`, an algorithm of `planner.READERS`."""
     p, grad_bias = planned.problem, None
     if planned.direct is not None and not _is_differentiated(grad_output, input):
         grad_weight, grad_bias = planned.direct(grad_output, input, bias)
@@ -820,8 +821,9 @@ def _rehearse(p: Problem, algorithms: list[str]) -> dict[str, Callable[[], Any]]
     dtype, layout = getattr(torch, p.dtype), _layout(p)
     sizes = (p.batch, p.channels, p.height, p.width), (p.batch, p.filters, *p.output_size)
     input, grad_output = (torch.randn(size, dtype=dtype, device=p.device).to(memory_format=layout) for size in sizes)
-    per_group = -(-p.learned // p.groups)
-    learned = [k for k in range(p.filters) if k % (p.filters // p.groups) < per_group][: p.learned]
+    # Some in each group.
+    size, (least, more) = p.filters // p.groups, divmod(p.learned, p.groups)
+    learned = [group * size + k for group in range(p.groups) for k in range(least + (group < more))]
     runs = Subset.from_indices(p.filters, learned).runs
     vector = torch.ones(p.channels, device=p.device)
     affine = (vector, vector) if p.normed else (None, None)

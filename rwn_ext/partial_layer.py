@@ -247,7 +247,6 @@ class PartialLayer(nn.Module):
             if part is None:
                 self.register_parameter(name, None)
                 if old is not None:
-                    rooms.leave(old)
                     _set_value(old, old.new_empty(0))
                     self._idle[name] = old
             elif old is None and name not in self._idle:
@@ -262,13 +261,11 @@ class PartialLayer(nn.Module):
         """Lets the parts lie where merging the fixed one with the learned one costs least."""
         for name, learned in (("weight", self.filters), ("bias", self.partition.bias_filters)):
             fixed, own = self._parameters.get(f"{name}_frozen"), self._parameters.get(f"{name}_trainable")
-            if fixed is None:
-                continue
-            if len(learned.runs) == 2 and self.frozen != "zero":
+            if fixed is not None and len(learned.runs) == 2 and self.frozen != "zero":
                 whole_rows = name == "bias" or self.inputs.is_full
-                rooms.make(self, fixed, learned.runs[0], len(learned), own if whole_rows else None)
+                rooms.make(self, name, fixed, learned.runs[0], len(learned), own if whole_rows else None)
             else:
-                rooms.leave(fixed)
+                rooms.leave(self, name)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PartialLayer:
         super()._apply(*args, **kwargs)

@@ -33,7 +33,7 @@ class _Place(NamedTuple):
         return tensor.data_ptr() == self.address and tensor.shape == self.shape and tensor.stride() == self.stride
 
 
-class _Room(NamedTuple):
+class Room(NamedTuple):
     whole: Tensor
     learned: _Place
     fixed: _Place
@@ -45,29 +45,42 @@ class _Room(NamedTuple):
     owner: weakref.ref[nn.Module]
     """Its end is that of the room."""
 
+    def has(self, learned: Tensor, fixed: Tensor) -> bool:
+        """Whether these are the parts that lie here."""
+        return self.learned.has(learned) and self.fixed.has(fixed)
+
+    def is_of(self, learned: Tensor | None, fixed: Tensor) -> bool:
+        """Whether these Parameters lie here and no other does."""
+        if learned is None:
+            return not self.shared and self.fixed.has(fixed)
+        return self.shared and self.has(learned, fixed)
+
 
 # By the identity of the fixed Parameter: weak references to tensors take longer, and keep torch from swapping them.
-# Should another tensor come to have that identity, it lies elsewhere.
-_ROOMS: dict[int, _Room] = {}
+# While its room is there, a tensor that comes to have that identity lies elsewhere.
+_ROOMS: dict[int, Room] = {}
+# The keys of an owner's rooms.
+_KEYS: weakref.WeakKeyDictionary[nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
-def make(owner: nn.Module, fixed: Tensor, start: int, count: int, learned: Tensor | None = None) -> None:
+def make(owner: nn.Module, name: str, fixed: Tensor, start: int, count: int, learned: Tensor | None = None) -> None:
     """Moves a Parameter of what is fixed to memory with room for the whole, whose first or last part it is.
 
     So is `learned`, if it is a Parameter of the rest, `count` channels along axis 0 from `start` on. Without one,
-    `whole` copies what is learned alone: copying what is fixed twice a step would be felt. Nothing happens to a
-    Parameter that is shared between processes, not on a CPU, of another type than `learned`, or lies there already.
-    The room is there as long as its owner.
+    `whole` copies what is learned alone: copying what is fixed twice a step would be felt. Nothing is moved that lies
+    there already, is shared between processes, or not on a CPU; nor where the parts are of two types or do not fit.
+    `owner` has one room of this name, which ends with it.
     """
-    if learned is not None and (learned.dtype, *learned.shape) != (fixed.dtype, count, *fixed.shape[1:]):
-        leave(fixed)
-        return
+    keys = _KEYS.setdefault(owner, {})
+    if keys.get(name, id(fixed)) != id(fixed):
+        leave(owner, name)
     runs, room = (start, start + count), _ROOMS.get(id(fixed))
+    fits = learned is None or (learned.dtype, *learned.shape) == (fixed.dtype, count, *fixed.shape[1:])
     learned = learned if learned is not None and _is_movable(learned) else None
-    if room is not None and room.runs == runs and _holds(room, fixed, learned):
+    if room is not None and fits and room.runs == runs and room.is_of(learned, fixed):
         return
-    leave(fixed)
-    if start not in (0, fixed.size(0)) or not _is_movable(fixed):
+    _ROOMS.pop(id(fixed), None)
+    if start not in (0, fixed.size(0)) or not _is_movable(fixed) or not fits:
         return
     with torch.inference_mode(False), torch.no_grad():
         # Its own strides: those of 1x1 filters tell nothing of a memory format.
@@ -78,14 +91,21 @@ def make(owner: nn.Module, fixed: Tensor, start: int, count: int, learned: Tenso
         fixed.data = others.copy_(fixed)
         if learned is not None:
             learned.data = own.copy_(learned)
-    key, forget, shared = id(fixed), _ROOMS.pop, learned is not None
-    watch = weakref.ref(owner, lambda _: forget(key, None))
-    _ROOMS[key] = _Room(whole, _Place.of(own), _Place.of(others), runs, fixed.dtype, shared, watch)
+    key = keys[name] = id(fixed)
+    watch = weakref.ref(owner, lambda watch: _end(key, watch))
+    _ROOMS[key] = Room(whole, _Place.of(own), _Place.of(others), runs, fixed.dtype, learned is not None, watch)
 
 
-def leave(fixed: Tensor) -> None:
-    """Forgets the room of this Parameter, which with the learned one stays where it is."""
-    _ROOMS.pop(id(fixed), None)
+def leave(owner: nn.Module, name: str) -> None:
+    """Forgets the room of this name; its Parameters stay where they are."""
+    key = _KEYS.get(owner, {}).pop(name, None)
+    if key in _ROOMS and _ROOMS[key].owner() is owner:
+        del _ROOMS[key]
+
+
+def _end(key: int, watch: weakref.ref[nn.Module], rooms: dict[int, Room] = _ROOMS) -> None:
+    if key in rooms and rooms[key].owner is watch:
+        del rooms[key]
 
 
 def whole(learned: Tensor, fixed: Tensor, runs: Runs, dtype: torch.dtype) -> Tensor | None:
@@ -100,7 +120,7 @@ def whole(learned: Tensor, fixed: Tensor, runs: Runs, dtype: torch.dtype) -> Ten
     if torch.is_grad_enabled() and (learned.requires_grad or not room.shared):
         return None
     if not room.fixed.has(fixed):
-        leave(fixed)
+        _ROOMS.pop(id(fixed), None)
         return None
     if not room.learned.has(learned):
         if room.shared or learned.shape != room.learned.shape or learned.dtype != dtype:
@@ -109,22 +129,15 @@ def whole(learned: Tensor, fixed: Tensor, runs: Runs, dtype: torch.dtype) -> Ten
     return room.whole
 
 
-def lasts(merged: Tensor, fixed: Tensor | None) -> bool:
-    """Whether this is what `whole` gave for a fixed Parameter and the learned one that lies in its room, too.
+def lasting(merged: Tensor, fixed: Tensor | None) -> Room | None:
+    """The room of which `whole` gave this, if the learned Parameter lies there, too; else None.
 
-    Then it holds what these hold until they are given other memory, and costs nothing to keep.
+    While the room has these parts, `merged` is what they are merged to, and costs nothing to keep.
     """
     if torch.compiler.is_compiling():
-        return False
+        return None
     room = _ROOMS.get(id(fixed))
-    return room is not None and room.shared and room.whole is merged
-
-
-def _holds(room: _Room, fixed: Tensor, learned: Tensor | None) -> bool:
-    """Whether these Parameters lie in it, and no other does."""
-    if not room.fixed.has(fixed):
-        return False
-    return not room.shared if learned is None else room.shared and room.learned.has(learned)
+    return room if room is not None and room.shared and room.whole is merged else None
 
 
 def _is_movable(parameter: Tensor) -> bool:

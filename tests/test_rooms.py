@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from rwn_ext import PartialConv2d, ops, rooms
+from rwn_ext import PartialConv2d, autograd, ops, rooms
 
 
 def layer(channels: int = 64, kernel_size: int = 3, **options) -> PartialConv2d:
@@ -41,7 +42,7 @@ def test_the_whole_is_made_without_copying_what_is_fixed(select, layout, channel
 
 def has_room(conv: PartialConv2d) -> bool:
     room = rooms._ROOMS.get(id(conv.weight_frozen))
-    return room is not None and rooms._holds(room, conv.weight_frozen, conv.weight_trainable)
+    return room is not None and room.is_of(conv.weight_trainable, conv.weight_frozen)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_parameters_that_lie_there_stay_there():
 def test_memory_that_others_hold_stays_where_it_is():
     flat = torch.randn(64 * 64 * 9)
     fixed = nn.Parameter(flat[: 58 * 576].view(58, 64, 3, 3), requires_grad=False)
-    rooms.make(nn.Module(), fixed, 58, 6)
+    rooms.make(nn.Module(), "weight", fixed, 58, 6)
     assert fixed.data_ptr() == flat.data_ptr()
 
 
@@ -105,7 +106,7 @@ def test_filters_in_the_middle_are_not_the_last():
 def test_another_default_device_does_not_matter():
     conv = layer()
     with torch.device("meta"):
-        rooms.make(conv, conv.weight_frozen, 58, 6)
+        rooms.make(conv, "weight", conv.weight_frozen, 58, 6)
     assert conv.weight_frozen.device.type == "cpu"
 
 
@@ -114,7 +115,7 @@ def test_memory_of_the_caller_stays_as_it_is():
     before, learned = base.clone(), torch.randn(6, 64, 3, 3)
     with torch.no_grad():
         for fixed in (base[:58], nn.Parameter(base[:58], requires_grad=False)):
-            rooms.make(nn.Module(), fixed, 58, 6)
+            rooms.make(nn.Module(), "weight", fixed, 58, 6)
             ops.merge(learned, fixed, (58, 64), 0, torch.float32, stage="forward")
     assert torch.equal(base, before)
 
@@ -236,13 +237,57 @@ def test_what_is_lent_is_not_kept_for_backward():
     torch.testing.assert_close(grad, expected)
 
 
-def test_the_whole_is_kept_for_backward():
+def test_the_whole_is_kept_for_backward(monkeypatch: pytest.MonkeyPatch):
     conv, x = layer(), torch.randn(1, 64, 4, 4, requires_grad=True)
-    whole, parts = conv(x).grad_fn.merged
-    assert whole is rooms._ROOMS[id(conv.weight_frozen)].whole
-    assert parts[0] is conv.weight_trainable and parts[1] is conv.weight_frozen
-    conv.set_trainable_([1, 5])
-    assert conv(x).grad_fn.merged is None
+    used, gradients = [], autograd.gradients
+    monkeypatch.setattr(
+        autograd, "gradients", lambda *a, weight: (used.append(weight), gradients(*a, weight=weight))[1]
+    )
+    conv(x).sum().backward()
+    checkpoint(conv, x, use_reentrant=False).sum().backward()
+    whole = rooms._ROOMS[id(conv.weight_frozen)].whole
+    assert used[0] is whole and used[1] is whole
+    assert conv(x.detach()).grad_fn.room is None
+    conv.set_trainable_([1, 5])(x).sum().backward()
+    assert used[2] is None
+
+
+def test_backward_sees_what_was_given_other_memory():
+    conv, x = layer(bias=False), torch.randn(1, 64, 4, 4, requires_grad=True)
+    output = conv(x)
+    for parameter in conv.parameters():
+        parameter.data = torch.zeros_like(parameter)
+    assert not torch.autograd.grad(output.sum(), x)[0].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.load_state_dict(c.state_dict(), assign=True),
+        lambda c: c.double().float(),
+        lambda c: setattr(c, "weight_frozen", nn.Parameter(c.weight_frozen.clone(), False)),
+    ],
+)
+def test_what_was_replaced_leaves_none_behind(change):
+    gc.collect()
+    conv = layer()
+    before = len(rooms._ROOMS)
+    for _ in range(3):
+        change(conv)
+        conv.float()
+    assert len(rooms._ROOMS) == before
+    conv.to("meta")
+    assert len(rooms._ROOMS) == before - 2
+
+
+def test_a_part_of_two_layers_has_one_as_long_as_either():
+    first, second = layer(bias=False), layer(bias=False)
+    second.weight_frozen, second.weight_trainable = first.weight_frozen, first.weight_trainable
+    second.float()
+    del first
+    gc.collect()
+    second.float()
+    assert has_room(second)
 
 
 def test_backward_computes_with_what_hooks_saved():
@@ -272,7 +317,7 @@ def test_double_backward_saves_nothing_that_is_lent(channels: int):
 def test_parts_of_two_types_have_none():
     conv = layer()
     conv.weight_frozen.data = conv.weight_frozen.bfloat16()
-    rooms.make(conv, conv.weight_frozen, 58, 6, conv.weight_trainable)
+    rooms.make(conv, "weight", conv.weight_frozen, 58, 6, conv.weight_trainable)
     assert id(conv.weight_frozen) not in rooms._ROOMS
 
 
@@ -280,7 +325,7 @@ def test_parts_that_do_not_fit_have_none():
     conv = layer()
     other = nn.Parameter(torch.randn(1, 64, 3, 3))
     before = other.detach().clone()
-    rooms.make(conv, conv.weight_frozen, 58, 6, other)
+    rooms.make(conv, "weight", conv.weight_frozen, 58, 6, other)
     assert torch.equal(other, before) and id(conv.weight_frozen) not in rooms._ROOMS
 
 

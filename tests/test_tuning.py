@@ -117,7 +117,7 @@ def test_what_is_measured_is_really_run():
     assert all(0 < value < 1 for value in seconds.values())
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2, 4])
 def test_rehearsed_algorithms_compute_a_gradient_of_the_problem_s_shape(groups: int):
     problem = replace(LAYER, groups=groups, learned=6)
     for run in ops._rehearse(problem, ["full", "gather"]).values():
