@@ -29,7 +29,7 @@ bench: $(VENV)/installed-bench
 	$(INPLACE)
 	mkdir -p $(RESULTS)
 	# exit status 6, and 3 below: some cases are left out for want of time
-	$(VENV)/bin/python -m pytest bench -q $(if $(QUICK),--quick,$$($(ON_GPU) --compiled "--budget 200")) \
+	$(VENV)/bin/python -m pytest bench -q $(if $(QUICK),--quick,$$($(ON_GPU) --compiled=$(or $(COMPILED),some) "--budget 200")) \
 		--benchmark-columns=median,iqr --benchmark-disable-gc --benchmark-json=$(RESULTS)/bench.json || test $$? = 6
 	# it would continue what was measured before
 	rm -f $(RESULTS)/kernels.json

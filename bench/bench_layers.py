@@ -41,7 +41,7 @@ def rows(name: str, part: float) -> tuple[str, ...]:
     [pytest.param(*case, way, marks=marks(case in QUICK, way in COMPILED)) for case in CASES for way in rows(*case)],
 )
 def test_layer(record, effort, request, name, part, way):
-    record(measured(name, part, effort(EFFORT), request.config.option.compiled), way)
+    record(measured(name, part, effort(EFFORT), request.config.option.compiled is not None), way)
 
 
 @lru_cache(maxsize=1)

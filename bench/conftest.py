@@ -30,7 +30,10 @@ def pytest_addoption(parser):
         help="begin no group of contenders after so many seconds, and the most important ones first",
     )  # fmt: skip
     gate.add_options(parser.addoption)
-    parser.addoption("--compiled", action="store_true", help="torch.compile too, which takes minutes for each network")
+    parser.addoption(
+        "--compiled", nargs="?", const="some", choices=("some", "all"),
+        help="torch.compile too: on a CPU, where it takes a minute for each network, of one, or of all",
+    )  # fmt: skip
     parser.addoption("--ceiling", action="store_true", help="bench_ceiling too, whose many rounds take minutes")
 
 
@@ -45,6 +48,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     left_out = {"slow"} if config.option.quick else set()
     left_out |= {name for name in ("compiled", "ceiling") if not config.getoption(name)}
+    left_out |= {"all_compiled"} if config.option.compiled != "all" else set()
     for item in items:
         for name in left_out & {marker.name for marker in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=f"{name} cases are left out"))
@@ -78,9 +82,10 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["commit_info"] = machine.commit()
 
 
-def marks(quick: bool, compiled: bool) -> list[pytest.MarkDecorator]:
-    """Of a case: whether --quick measures it too, whether --compiled alone does."""
-    return ([] if quick else [pytest.mark.slow]) + ([pytest.mark.compiled] if compiled else [])
+def marks(quick: bool, compiled: bool, few: bool = True) -> list[pytest.MarkDecorator]:
+    """Of a case: whether --quick measures it too, whether --compiled alone does, and not only --compiled=all."""
+    compilers = [pytest.mark.compiled if few else pytest.mark.all_compiled] if compiled else []
+    return ([] if quick else [pytest.mark.slow]) + compilers
 
 
 @pytest.fixture

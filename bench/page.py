@@ -354,7 +354,7 @@ def _method(results: Results) -> str:
         "the same in plain PyTorch, which calls less and keeps more. LoRA learns other weights, as many. Activation "
         "checkpointing of a single layer saves nothing and memsave_torch has no part of a layer, so both are among "
         "networks only, memsave_torch where it is installed. To compile a network takes a CPU a minute: there, one "
-        "network and one layer are measured compiled.",
+        "network and one layer are measured compiled, unless all networks are asked for.",
     ]
     tested = [f"{', '.join(test['files'])} ({test['outcome']})" for test in results.tests]
     if tested:

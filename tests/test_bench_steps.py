@@ -84,3 +84,14 @@ def test_nothing_is_timed_without_what_all_are_compared_with(broken: set[str]):
     group, failures = measured.__wrapped__(SMALL, SMALL.effort, False)
     assert group is None and set(failures) == SMALL_ROWS
     assert failures[FROZEN] == f"RuntimeError: no {FROZEN}" and f"compared with {FROZEN}" in failures[PLAIN]
+
+
+def test_every_network_can_be_compiled():
+    """One of them where --compiled asks for some, on a CPU."""
+    (parameters,) = bench_steps.test_step.pytestmark
+    marks = {case.values: {mark.name for mark in case.marks} for case in parameters.args[1]}
+    compiled = {values: names for values, names in marks.items() if values[1].startswith("compiled ")}
+    assert {name for name, _ in compiled} == set(bench_steps.NETS)
+    assert all(("compiled" in names) == (name in bench_steps.WITH_COMPILED) for (name, _), names in compiled.items())
+    assert all(("all_compiled" in names) != ("compiled" in names) for names in compiled.values())
+    assert not any({"compiled", "all_compiled"} & marks[values] for values in marks.keys() - compiled.keys())
