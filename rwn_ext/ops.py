@@ -314,6 +314,7 @@ def float32_precision(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _precision_for(input: Tensor) -> str:
+    """`float32_precision`, without the questions that a CPU need not be asked: small layers feel them."""
     return "ieee" if input.is_cpu else float32_precision(input.device, input.dtype)
 
 
@@ -711,6 +712,7 @@ def misreads(input: Tensor, kernel_size: Pair, stride: Pair) -> bool:
 
 
 def _oversteps(width: int, kernel_size: Pair, stride: Pair) -> bool:
+    """Whether a step of the filters is wider than the image."""
     return kernel_size[1] > 1 and width < stride[1]
 
 

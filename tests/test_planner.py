@@ -71,6 +71,14 @@ def test_wide_registers_need_no_matrix_product(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.skipif(cpu.native is None, reason="rwn_ext was built without a C++ compiler")
+@pytest.mark.parametrize("limit", [3, 6])
+def test_of_few_channels_few_filters_are_computed_directly(limit: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planner, "CPU_DIRECT_SHALLOW_FILTERS", limit)
+    picked = [plan(replace(LAYER, channels=3, learned=count)).algorithm for count in (limit, limit + 1)]
+    assert picked[0] == "direct" and picked[1] != "direct"
+
+
+@pytest.mark.skipif(cpu.native is None, reason="rwn_ext was built without a C++ compiler")
 @pytest.mark.parametrize(
     ("change", "direct"),
     [
